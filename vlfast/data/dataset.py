@@ -1,0 +1,182 @@
+"""Datasets as prompt learning needs them: class names, a template, and splits of images with labels."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol
+
+import numpy as np
+from PIL import Image
+
+ClassSubset = Literal["all", "base", "new"]
+CLASS_SUBSETS: tuple[ClassSubset, ...] = ("all", "base", "new")
+
+
+class ImageSource(Protocol):
+    """Images by index.
+
+    ``renders_views`` says who makes training views: True, the source draws a new one for each
+    ``view``; False, it returns the stored image and the trainer crops and flips it.
+    """
+
+    renders_views: bool
+
+    def __len__(self) -> int: ...
+
+    def load(self, index: int, view: int | None = None) -> Image.Image:
+        """The image at ``index``, RGB. ``view=None`` is the canonical one that tests use; an
+        integer seeds a random training view where ``renders_views`` is True."""
+        ...
+
+    def key(self, index: int) -> str:
+        """A name of the image that is the same on every machine (it enters the split's hash)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Split:
+    """Some images of a source and their labels. ``indices`` and ``labels`` are int64 [N]."""
+
+    source: ImageSource
+    indices: np.ndarray
+    labels: np.ndarray
+
+    def __post_init__(self) -> None:
+        indices = np.asarray(self.indices, dtype=np.int64)
+        labels = np.asarray(self.labels, dtype=np.int64)
+        if indices.ndim != 1 or indices.shape != labels.shape:
+            raise ValueError(
+                f"labels: expected one label an image, got {labels.shape} labels "
+                f"for {indices.shape} indices"
+            )
+        object.__setattr__(self, "indices", indices)
+        object.__setattr__(self, "labels", labels)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def image(self, position: int, view: int | None = None) -> Image.Image:
+        """The image at ``position`` of this split (see ImageSource.load)."""
+        return self.source.load(int(self.indices[position]), view)
+
+    def at(self, positions: Sequence[int] | np.ndarray) -> Split:
+        """The images at these positions, in this order."""
+        chosen = np.asarray(positions, dtype=np.int64)
+        return Split(self.source, self.indices[chosen], self.labels[chosen])
+
+    def of_classes(self, first: int, last: int) -> Split:
+        """The images with first <= label < last, labels renumbered from 0."""
+        kept = np.flatnonzero((self.labels >= first) & (self.labels < last))
+        return Split(self.source, self.indices[kept], self.labels[kept] - first)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A classification task.
+
+    name: how configs refer to it. classnames: in label order. template: with one ``{}`` for the
+    class name. train, val, test: the splits. domains: other test sets with the same classes
+    (unseen styles, other photographers), by name.
+    """
+
+    name: str
+    classnames: tuple[str, ...]
+    template: str
+    train: Split
+    val: Split
+    test: Split
+    domains: Mapping[str, Split] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "classnames", tuple(self.classnames))
+        if self.template.count("{}") != 1:
+            raise ValueError(f"template: expected exactly one {{}}, got {self.template!r}")
+        for name, split in self.splits().items():
+            if len(split) and not 0 <= split.labels.min() <= split.labels.max() < self.num_classes:
+                raise ValueError(
+                    f"{name}: labels run from {split.labels.min()} to {split.labels.max()}, "
+                    f"expected 0 to {self.num_classes - 1} ({self.num_classes} class names)"
+                )
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classnames)
+
+    def splits(self) -> dict[str, Split]:
+        """Every split by name; domains by their own names."""
+        return {"train": self.train, "val": self.val, "test": self.test, **self.domains}
+
+    def restrict(self, classes: ClassSubset) -> Dataset:
+        """The base half (first ceil(n/2) classes), the new half (the rest), or all of it.
+
+        Labels are renumbered from 0, so each half is a closed label set ([CoOp]
+        datasets/oxford_pets.py, base-to-new protocol).
+        """
+        if classes not in CLASS_SUBSETS:
+            raise ValueError(f"classes: expected one of {', '.join(CLASS_SUBSETS)}, got {classes!r}")
+        if classes == "all":
+            return self
+        half = (self.num_classes + 1) // 2
+        first, last = (0, half) if classes == "base" else (half, self.num_classes)
+        if first == last:
+            raise ValueError(f"classes: {self.name} has {self.num_classes} class, so no new half")
+        return replace(
+            self,
+            classnames=self.classnames[first:last],
+            train=self.train.of_classes(first, last),
+            val=self.val.of_classes(first, last),
+            test=self.test.of_classes(first, last),
+            domains={name: split.of_classes(first, last) for name, split in self.domains.items()},
+        )
+
+    def few_shot(self, shots: int, seed: int) -> Dataset:
+        """``shots`` training images a class and min(shots, 4) validation images a class.
+
+        Drawn as Dassl draws them (one generator seeded once, classes in order of first
+        appearance, train before val), so a seed names the same images there and here. A class
+        with fewer images gives all it has, with a warning; that no class has enough is an error.
+        """
+        if shots < 1:
+            raise ValueError(f"shots: expected at least 1 image a class, got {shots}")
+        counts = np.bincount(self.train.labels, minlength=self.num_classes)
+        if shots > counts.max():
+            raise ValueError(
+                f"shots: {shots} images a class asked for, but {self.name} has at most "
+                f"{counts.max()} training images in a class"
+            )
+        short = [self.classnames[c] for c in np.flatnonzero(counts < shots)]
+        if short:
+            named = ", ".join(repr(name) for name in short[:3])
+            warnings.warn(
+                f"{self.name}: {len(short)} of {self.num_classes} classes have fewer than {shots} "
+                f"training images ({named}{', ...' if len(short) > 3 else ''}); all of theirs are used",
+                stacklevel=2,
+            )
+        generator = random.Random(seed)
+        train = _sample_per_class(self.train, shots, generator)
+        val = _sample_per_class(self.val, min(shots, 4), generator)
+        return replace(self, train=train, val=val)
+
+    def fingerprint(self) -> str:
+        """A hash of class names, image keys and labels of every split: equal hashes mean that two
+        runs saw the same data. 16 hexadecimal digits."""
+        digest = hashlib.sha256(json.dumps(self.classnames).encode())
+        for name, split in self.splits().items():
+            keys = [split.source.key(int(i)) for i in split.indices]
+            digest.update(json.dumps([name, keys, split.labels.tolist()]).encode())
+        return digest.hexdigest()[:16]
+
+
+def _sample_per_class(split: Split, count: int, generator: random.Random) -> Split:
+    positions_of: dict[int, list[int]] = {}
+    for position, label in enumerate(split.labels.tolist()):
+        positions_of.setdefault(label, []).append(position)
+    chosen: list[int] = []
+    for positions in positions_of.values():
+        chosen += positions if len(positions) <= count else generator.sample(positions, count)
+    return split.at(chosen)
