@@ -1,0 +1,62 @@
+"""Prompt learning for CLIP-style vision-language models, fast."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import torch  # noqa: F401  (first, so that the kernels run on the thread pool it has loaded)
+
+from vlfast.ops import gated_mixture_loss, plpp_loss, plpp_terms, symmetric_kl_loss
+from vlfast.version import __version__
+
+if TYPE_CHECKING:
+    from vlfast.clip.models import ClipModel, load_clip, wrap_clip
+    from vlfast.clip.text_tower import TextTower
+    from vlfast.data.catalog import load_dataset
+    from vlfast.data.dataset import Dataset, Split
+    from vlfast.run import Run, fit, load, resume
+
+__all__ = [
+    "ClipModel",
+    "Dataset",
+    "Run",
+    "Split",
+    "TextTower",
+    "__version__",
+    "fit",
+    "gated_mixture_loss",
+    "load",
+    "load_clip",
+    "load_dataset",
+    "plpp_loss",
+    "plpp_terms",
+    "resume",
+    "symmetric_kl_loss",
+    "wrap_clip",
+]
+
+# The losses need torch alone. What needs open_clip or torchvision is imported when first asked for.
+_LAZY = {
+    "ClipModel": "vlfast.clip.models",
+    "load_clip": "vlfast.clip.models",
+    "wrap_clip": "vlfast.clip.models",
+    "TextTower": "vlfast.clip.text_tower",
+    "load_dataset": "vlfast.data.catalog",
+    "Dataset": "vlfast.data.dataset",
+    "Split": "vlfast.data.dataset",
+    "Run": "vlfast.run",
+    "fit": "vlfast.run",
+    "load": "vlfast.run",
+    "resume": "vlfast.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'vlfast' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

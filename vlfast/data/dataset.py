@@ -1,4 +1,4 @@
-"""Datasets as prompt learning needs them: class names, a template, and splits of images with labels."""
+"""Datasets as prompt learning needs them: class names, a template, splits of labelled images."""
 
 from __future__ import annotations
 
@@ -81,7 +81,8 @@ class Dataset:
 
     name: how configs refer to it. classnames: in label order. template: with one ``{}`` for the
     class name. train, val, test: the splits. domains: other test sets with the same classes
-    (unseen styles, other photographers), by name.
+    (unseen styles, other photographers), by name. context_init: the words that a learned context
+    starts from where a recipe says "auto".
     """
 
     name: str
@@ -91,6 +92,7 @@ class Dataset:
     val: Split
     test: Split
     domains: Mapping[str, Split] = field(default_factory=dict)
+    context_init: str = "a photo of a"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classnames", tuple(self.classnames))
@@ -118,7 +120,9 @@ class Dataset:
         datasets/oxford_pets.py, base-to-new protocol).
         """
         if classes not in CLASS_SUBSETS:
-            raise ValueError(f"classes: expected one of {', '.join(CLASS_SUBSETS)}, got {classes!r}")
+            raise ValueError(
+                f"classes: expected one of {', '.join(CLASS_SUBSETS)}, got {classes!r}"
+            )
         if classes == "all":
             return self
         half = (self.num_classes + 1) // 2
@@ -154,7 +158,7 @@ class Dataset:
             named = ", ".join(repr(name) for name in short[:3])
             warnings.warn(
                 f"{self.name}: {len(short)} of {self.num_classes} classes have fewer than {shots} "
-                f"training images ({named}{', ...' if len(short) > 3 else ''}); all of theirs are used",
+                f"images ({named}{', ...' if len(short) > 3 else ''}); they give all they have",
                 stacklevel=2,
             )
         generator = random.Random(seed)

@@ -1,0 +1,35 @@
+"""Where learnable tokens live. One file a kind; ``build_prompts`` makes one by its name."""
+
+from __future__ import annotations
+
+from vlfast.clip.models import ClipModel
+from vlfast.clip.text_tower import Position
+from vlfast.errors import unknown_name
+from vlfast.prompts.base import Prompts
+from vlfast.prompts.context import ClassContext, SharedContext
+from vlfast.prompts.hard import HardPrompt
+
+KINDS: dict[str, type[Prompts]] = {p.kind: p for p in (HardPrompt, SharedContext, ClassContext)}
+
+
+def build_prompts(
+    kind: str,
+    clip: ClipModel,
+    *,
+    num_classes: int,
+    n_ctx: int | None = 16,
+    init: str | None = None,
+    position: Position = "end",
+    template: str | None = None,
+) -> Prompts:
+    """Prompts of this kind for ``num_classes`` classes. Options that a kind has no use for are
+    ignored. Raises UnknownNameError for an unknown kind, ValueError for options that do not fit."""
+    if kind == HardPrompt.kind:
+        return HardPrompt(template=template)
+    if kind == SharedContext.kind:
+        return SharedContext(clip, n_ctx=n_ctx, init=init, position=position)
+    if kind == ClassContext.kind:
+        return ClassContext(
+            clip, num_classes=num_classes, n_ctx=n_ctx, init=init, position=position
+        )
+    raise unknown_name("prompts", kind, KINDS)

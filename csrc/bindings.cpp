@@ -1,0 +1,77 @@
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#include "cpu/dispatch.h"
+#include "vlfast/symmetric_kl.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// A tensor arrives as the integer of its data_ptr(); 0 is null.
+using Address = std::uintptr_t;
+
+void* pointer(Address address) { return reinterpret_cast<void*>(address); }
+
+// `solve` takes the problem and the last argument: the number of threads, or the stream.
+template <typename Last, typename Solve>
+void define_symmetric_kl(py::module_& module, const char* name, Solve solve) {
+  module.def(
+      name,
+      [solve](int dtype, Address student, Address teacher, Address index, std::int64_t rows,
+              std::int64_t classes, std::int64_t teacher_classes, double student_factor,
+              double teacher_factor, Address student_scale, Address teacher_scale,
+              double forward_weight, double reverse_weight, Address loss, Address gradient,
+              Address gradient_of_scale, Last last) {
+        vlfast::SymmetricKL problem{};
+        problem.dtype = static_cast<vlfast::DType>(dtype);
+        problem.student = pointer(student);
+        problem.teacher = pointer(teacher);
+        problem.index = static_cast<const std::int64_t*>(pointer(index));
+        problem.rows = rows;
+        problem.classes = classes;
+        problem.teacher_classes = teacher_classes;
+        problem.student_factor = student_factor;
+        problem.teacher_factor = teacher_factor;
+        problem.student_scale = pointer(student_scale);
+        problem.teacher_scale = pointer(teacher_scale);
+        problem.forward_weight = forward_weight;
+        problem.reverse_weight = reverse_weight;
+        problem.loss = pointer(loss);
+        problem.gradient = pointer(gradient);
+        problem.gradient_of_scale = pointer(gradient_of_scale);
+        solve(problem, last);
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
+py::dict build_config() {
+  py::dict config;
+  config["compiler"] = __VERSION__;
+  config["cxx_flags"] = VLFAST_CXX_FLAGS;
+  config["openmp"] = _OPENMP;
+  config["cpu_dispatch"] = VLFAST_DISPATCH_TARGETS;
+#ifdef VLFAST_HAS_CUDA
+  config["has_cuda"] = true;
+#else
+  config["has_cuda"] = false;
+#endif
+  config["cuda_version"] = VLFAST_CUDA_VERSION;
+  config["cuda_archs"] = VLFAST_CUDA_ARCHS;
+  return config;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "The kernels of vlfast, on raw pointers.";
+  module.def("build_config", &build_config);
+  define_symmetric_kl<int>(module, "symmetric_kl_cpu", &vlfast::symmetric_kl_cpu);
+#ifdef VLFAST_HAS_CUDA
+  define_symmetric_kl<Address>(module, "symmetric_kl_cuda",
+                               [](const vlfast::SymmetricKL& problem, Address stream) {
+                                 vlfast::symmetric_kl_cuda(problem, pointer(stream));
+                               });
+#endif
+}

@@ -1,0 +1,310 @@
+#include "vlfast/symmetric_kl.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "dispatch.h"
+#include "vlfast/kl_terms.h"
+
+namespace vlfast {
+namespace {
+
+// Below so many logits a side, waking other threads costs more than it saves.
+constexpr std::int64_t kSerialLogits = 4096;
+
+// Sums are taken over blocks of so many classes, then over the blocks: the rounding errors of a
+// long row stay those of a short one.
+constexpr std::int64_t kBlock = 512;
+
+struct BFloat16 {
+  std::uint16_t bits;
+};
+
+struct Float16 {
+  std::uint16_t bits;
+};
+
+template <typename To, typename From>
+VLFAST_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+VLFAST_INLINE float widen(float x) { return x; }
+
+VLFAST_INLINE double widen(double x) { return x; }
+
+VLFAST_INLINE float widen(BFloat16 x) {
+  return bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16);
+}
+
+VLFAST_INLINE float widen(Float16 x) {
+  const std::uint32_t sign = (x.bits & 0x8000u) << 16;
+  const std::uint32_t magnitude = (x.bits & 0x7fffu) << 13;
+  // Exponent and mantissa in place, the exponent's bias 112 too small: a product puts it right,
+  // for denormals too. Infinity and NaN get the largest exponent.
+  const float finite = bit_cast<float>(magnitude) * 0x1p112f;
+  const std::uint32_t special = magnitude | 0x7f800000u;
+  const bool is_special = magnitude >= 0x0f800000u;
+  return bit_cast<float>(sign | (is_special ? special : bit_cast<std::uint32_t>(finite)));
+}
+
+VLFAST_INLINE void narrow(float x, BFloat16& to) {
+  const std::uint32_t bits = bit_cast<std::uint32_t>(x);
+  const std::uint32_t to_nearest_even = bits + 0x7fffu + ((bits >> 16) & 1);
+  to.bits = static_cast<std::uint16_t>(x != x ? 0x7fc0u : to_nearest_even >> 16);
+}
+
+// exp(x) for x <= 0, to about 1 ulp; 0 where the result would be denormal, NaN for NaN.
+VLFAST_INLINE float exp_negative(float x) {
+  constexpr float kLowest = -87;
+  constexpr float kLog2E = 1.44269504f;
+  constexpr float kLn2High = 0.693145752f;
+  constexpr float kLn2Low = 1.42860677e-6f;
+  // 1.5 * 2^23: a sum with it is rounded to an integer, which stands in its low bits.
+  constexpr float kRounder = 12582912;
+  const float clamped = x < kLowest ? kLowest : x;
+  const float shifted = clamped * kLog2E + kRounder;
+  const float n = shifted - kRounder;
+  const float r = (clamped - n * kLn2High) - n * kLn2Low;
+  float power = 1 / 5040.0f;
+  power = power * r + 1 / 720.0f;
+  power = power * r + 1 / 120.0f;
+  power = power * r + 1 / 24.0f;
+  power = power * r + 1 / 6.0f;
+  power = power * r + 0.5f;
+  power = power * (r * r) + r;
+  const float two_to_n = bit_cast<float>((bit_cast<std::uint32_t>(shifted) + 127) << 23);
+  const float value = power * two_to_n + two_to_n;
+  return x < kLowest ? 0 : value;
+}
+
+VLFAST_INLINE double exp_negative(double x) { return std::exp(x); }
+
+// The logit whose scaled value is the largest.
+template <typename C>
+VLFAST_INLINE C top_logit(const C* logits, std::int64_t classes, C scale) {
+  C largest = -std::numeric_limits<C>::infinity();
+  C smallest = std::numeric_limits<C>::infinity();
+  if (scale >= 0) {
+#pragma omp simd reduction(max : largest)
+    for (std::int64_t c = 0; c < classes; ++c) largest = std::max(largest, logits[c]);
+    return largest;
+  }
+#pragma omp simd reduction(min : smallest)
+  for (std::int64_t c = 0; c < classes; ++c) smallest = std::min(smallest, logits[c]);
+  return smallest;
+}
+
+template <typename C>
+struct Coefficients {
+  C student_scale;
+  C teacher_scale;
+  C forward_weight;
+  C reverse_weight;
+};
+
+template <typename C>
+struct Row {
+  const C* student;
+  const C* teacher;
+  C* student_exp;  // scratch
+  C* teacher_exp;  // scratch
+  C* gradient;     // null: none is wanted
+};
+
+template <typename C>
+struct RowResult {
+  C loss;
+  C gradient_of_scale;
+};
+
+template <typename C, bool kGradient>
+VLFAST_INLINE RowResult<C> solve(Row<C> row, std::int64_t classes, Coefficients<C> by) {
+  // Names of their own, so that the compiler sees that no store changes them.
+  const C* __restrict student = row.student;
+  const C* __restrict teacher = row.teacher;
+  C* __restrict student_exps = row.student_exp;
+  C* __restrict teacher_exps = row.teacher_exp;
+  C* __restrict gradients = row.gradient;
+  const C student_scale = by.student_scale, teacher_scale = by.teacher_scale;
+  const C student_top = top_logit(student, classes, student_scale);
+  const C teacher_top = top_logit(teacher, classes, teacher_scale);
+
+  // gap / classes is summed, not gap: it may be as large as the largest number.
+  const C share = C(1) / static_cast<C>(classes);
+  C student_sum = 0, teacher_sum = 0, gap_sum = 0;
+  for (std::int64_t begin = 0; begin < classes; begin += kBlock) {
+    const std::int64_t end = std::min(begin + kBlock, classes);
+    C student_part = 0, teacher_part = 0, gap_part = 0;
+#pragma omp simd reduction(+ : student_part, teacher_part, gap_part)
+    for (std::int64_t c = begin; c < end; ++c) {
+      const C s = (student[c] - student_top) * student_scale;
+      const C t = (teacher[c] - teacher_top) * teacher_scale;
+      const C student_exp = exp_negative(s);
+      const C teacher_exp = exp_negative(t);
+      student_exps[c] = student_exp;
+      teacher_exps[c] = teacher_exp;
+      student_part += student_exp;
+      teacher_part += teacher_exp;
+      gap_part += student_exp * ((s - t) * share);
+    }
+    student_sum += student_part;
+    teacher_sum += teacher_part;
+    gap_sum += gap_part;
+  }
+
+  // Any infinity or NaN in the row has reached this sum, as 0 * infinity at the least.
+  if (!std::isfinite(gap_sum)) {
+    const C nan = std::numeric_limits<C>::quiet_NaN();
+    if (kGradient) std::fill_n(gradients, classes, nan);
+    return {nan, nan};
+  }
+
+  const C mean_gap = gap_sum * (static_cast<C>(classes) / student_sum);
+  const C log_ratio = std::log(teacher_sum / student_sum);
+  const C to_q = 1 / student_sum, to_p = 1 / teacher_sum;
+  const C forward_weight = by.forward_weight, reverse_weight = by.reverse_weight;
+  C forward = 0, reverse = 0, of_scale = 0;
+  for (std::int64_t begin = 0; begin < classes; begin += kBlock) {
+    const std::int64_t end = std::min(begin + kBlock, classes);
+    C forward_part = 0, reverse_part = 0, of_scale_part = 0;
+#pragma omp simd reduction(+ : forward_part, reverse_part, of_scale_part)
+    for (std::int64_t c = begin; c < end; ++c) {
+      const C below_top = student[c] - student_top;
+      const C s = below_top * student_scale;
+      const C t = (teacher[c] - teacher_top) * teacher_scale;
+      const C q = student_exps[c] * to_q;
+      const C p = teacher_exps[c] * to_p;
+      const KLTerms<C> terms = kl_terms(p, q, (t - s) - log_ratio);
+      forward_part += terms.forward;
+      reverse_part += terms.reverse;
+      if (kGradient) {
+        const C gradient =
+            forward_weight * terms.difference + reverse_weight * (q * ((s - t) - mean_gap));
+        gradients[c] = gradient * student_scale;
+        of_scale_part += gradient * below_top;
+      }
+    }
+    forward += forward_part;
+    reverse += reverse_part;
+    of_scale += of_scale_part;
+  }
+  return {forward_weight * forward + reverse_weight * reverse, of_scale};
+}
+
+VLFAST_DISPATCH RowResult<float> solve_row(Row<float> row, std::int64_t classes,
+                                           Coefficients<float> by) {
+  return row.gradient ? solve<float, true>(row, classes, by)
+                      : solve<float, false>(row, classes, by);
+}
+
+RowResult<double> solve_row(Row<double> row, std::int64_t classes, Coefficients<double> by) {
+  return row.gradient ? solve<double, true>(row, classes, by)
+                      : solve<double, false>(row, classes, by);
+}
+
+VLFAST_DISPATCH void widen_row(const BFloat16* from, std::int64_t classes, float* to) {
+  for (std::int64_t c = 0; c < classes; ++c) to[c] = widen(from[c]);
+}
+
+VLFAST_DISPATCH void widen_row(const Float16* from, std::int64_t classes, float* to) {
+  for (std::int64_t c = 0; c < classes; ++c) to[c] = widen(from[c]);
+}
+
+VLFAST_DISPATCH void narrow_row(const float* from, std::int64_t classes, BFloat16* to) {
+  for (std::int64_t c = 0; c < classes; ++c) narrow(from[c], to[c]);
+}
+
+// The row in compute type: itself, or a copy in `scratch`.
+template <typename T, typename C>
+const C* in_compute_type(const T* row, std::int64_t classes, C* scratch) {
+  if constexpr (std::is_same_v<T, C>) {
+    return row;
+  } else {
+    widen_row(row, classes, scratch);
+    return scratch;
+  }
+}
+
+template <typename T, typename C, typename G>
+void solve_rows(const SymmetricKL& problem, int threads) {
+  const std::int64_t classes = problem.classes;
+  const auto* student = static_cast<const T*>(problem.student);
+  const auto* teacher = static_cast<const T*>(problem.teacher);
+  auto* loss = static_cast<C*>(problem.loss);
+  auto* gradient = static_cast<G*>(problem.gradient);
+  auto* gradient_of_scale = static_cast<C*>(problem.gradient_of_scale);
+  const Coefficients<C> by{
+      static_cast<C>(problem.student_factor), static_cast<C>(problem.teacher_factor),
+      static_cast<C>(problem.forward_weight), static_cast<C>(problem.reverse_weight)};
+  if (problem.rows * classes < kSerialLogits) threads = 1;
+  threads = static_cast<int>(
+      std::clamp<std::int64_t>(threads, 1, std::max<std::int64_t>(problem.rows, 1)));
+
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  for (std::int64_t r = 0; r < problem.rows; ++r) {
+    // Kept between calls: a fresh block of this size would be paged in anew each time.
+    thread_local std::vector<C> scratch;
+    if (scratch.size() < static_cast<std::size_t>(5 * classes)) scratch.resize(5 * classes);
+    C* const blocks[] = {&scratch[0], &scratch[classes], &scratch[2 * classes],
+                         &scratch[3 * classes], &scratch[4 * classes]};
+    const T* teacher_row = teacher + r * problem.teacher_classes;
+    Row<C> row{};
+    row.student = in_compute_type(student + r * classes, classes, blocks[0]);
+    if (problem.index) {
+      for (std::int64_t c = 0; c < classes; ++c)
+        blocks[1][c] = widen(teacher_row[problem.index[c]]);
+      row.teacher = blocks[1];
+    } else {
+      row.teacher = in_compute_type(teacher_row, classes, blocks[1]);
+    }
+    row.student_exp = blocks[2];
+    row.teacher_exp = blocks[3];
+    if (gradient) {
+      if constexpr (std::is_same_v<G, C>) {
+        row.gradient = gradient + r * classes;
+      } else {
+        row.gradient = blocks[4];
+      }
+    }
+    const RowResult<C> result = solve_row(row, classes, by);
+    loss[r] = result.loss;
+    if (gradient) {
+      gradient_of_scale[r] = result.gradient_of_scale;
+      if constexpr (!std::is_same_v<G, C>)
+        narrow_row(row.gradient, classes, gradient + r * classes);
+    }
+  }
+}
+
+}  // namespace
+
+void symmetric_kl_cpu(const SymmetricKL& problem, int threads) {
+  for (std::int64_t c = 0; problem.index && c < problem.classes; ++c) {
+    if (problem.index[c] < 0 || problem.index[c] >= problem.teacher_classes) {
+      throw std::out_of_range("index: expected values from 0 to " +
+                              std::to_string(problem.teacher_classes - 1) + ", got " +
+                              std::to_string(problem.index[c]));
+    }
+  }
+  switch (problem.dtype) {
+    case DType::kFloat32:
+      return solve_rows<float, float, float>(problem, threads);
+    case DType::kFloat64:
+      return solve_rows<double, double, double>(problem, threads);
+    case DType::kBFloat16:
+      return solve_rows<BFloat16, float, BFloat16>(problem, threads);
+    case DType::kFloat16:
+      return solve_rows<Float16, float, float>(problem, threads);
+  }
+}
+
+}  // namespace vlfast

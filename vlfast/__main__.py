@@ -1,0 +1,7 @@
+"""`python -m vlfast` is the command line."""
+
+import sys
+
+from vlfast.cli import main
+
+sys.exit(main())

@@ -1,0 +1,260 @@
+"""Loading CLIP models: open_clip's by name and tag, local files, and the two that ship with us."""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vlfast.clip import bundled
+from vlfast.clip.text_tower import TextTower
+from vlfast.errors import VlfastError, unknown_name
+
+if TYPE_CHECKING:
+    from open_clip.tokenizer import SimpleTokenizer
+
+WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
+
+
+@dataclass(frozen=True)
+class ClipModel:
+    """A frozen CLIP and what prompt learning needs of it.
+
+    name, pretrained: as asked for. model: in eval mode, no parameter requires grad. known_tokens:
+    bool [V], which rows of the token embedding were ever trained (all, except in the tiny models).
+    image_size: pixels. mean, std: of the normalisation, RGB.
+    """
+
+    name: str
+    pretrained: str | None
+    model: nn.Module
+    tokenizer: SimpleTokenizer
+    text_tower: TextTower
+    known_tokens: Tensor
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+
+    @property
+    def device(self) -> torch.device:
+        return self.text_tower.text.device
+
+    @property
+    def token_embedding(self) -> Tensor:
+        """[V, d], detached."""
+        return self.text_tower.text.token_embedding.weight.detach()
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """The factor on cosines (already exponentiated), 0-d."""
+        return self.model.logit_scale.detach().exp().reshape(())
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Normalised features [B, D] of preprocessed images [B, 3, S, S], without autograd."""
+        return functional.normalize(self.model.encode_image(images).float(), dim=-1)
+
+    def unknown_words(self, text: str) -> list[str]:
+        """The tokens of ``text``, as words, whose embeddings were never trained."""
+        ids = self.tokenizer.encode(text)
+        known = self.known_tokens[torch.tensor(ids, dtype=torch.int64)].tolist()
+        return [
+            self.tokenizer.decode([i]).strip() for i, ok in zip(ids, known, strict=True) if not ok
+        ]
+
+
+def model_names() -> list[str]:
+    """Every name that ``load_clip`` knows: the bundled ones, then open_clip's."""
+    import open_clip
+
+    return [*bundled.BUNDLED, *open_clip.list_models()]
+
+
+def load_clip(
+    name: str, pretrained: str | None = None, *, device: str | torch.device = "cpu"
+) -> ClipModel:
+    """Load a CLIP model, frozen, in eval mode and fp32.
+
+    name: "glyphs-student" or "glyphs-teacher" (they ship with the package), a model name of
+    open_clip, or the path of an OpenAI archive (its architecture is read from the file).
+    pretrained: an open_clip tag ("openai", "laion2b_s34b_b79k", ...) or the path of a weight file
+    (safetensors, a state dict, or an OpenAI JIT archive); None only where the name says it all.
+    A state dict does not say which GELU it was trained with: for OpenAI's weights choose the name
+    that ends in "-quickgelu" (a JIT archive needs no such care).
+
+    Raises UnknownNameError for an unknown name or tag (with the nearest), FileNotFoundError for a
+    missing file, VlfastError for a damaged file or a failed download. Files are read without
+    unpickling arbitrary objects.
+    """
+    if name in bundled.BUNDLED:
+        if pretrained is not None:
+            raise VlfastError(f"pretrained: {name} ships with its weights, got {pretrained!r}")
+        model, known_tokens = bundled.load_bundled(name)
+    elif name.endswith(WEIGHT_SUFFIXES):
+        if pretrained is not None:
+            raise VlfastError(f"pretrained: the model is itself a file, got also {pretrained!r}")
+        model, known_tokens = _load_openai_archive(Path(name)), None
+    else:
+        model, known_tokens = _load_open_clip(name, pretrained), None
+    return wrap_clip(
+        model, name=name, pretrained=pretrained, known_tokens=known_tokens, device=device
+    )
+
+
+def wrap_clip(
+    model: nn.Module,
+    *,
+    name: str = "custom",
+    pretrained: str | None = None,
+    known_tokens: Tensor | None = None,
+    device: str | torch.device = "cpu",
+) -> ClipModel:
+    """Make an open_clip CLIP that you built yourself ready for prompts. It is frozen in place.
+
+    known_tokens: bool [V], rows of the token embedding that were trained; None means all. Raises
+    ValueError, with the reason, for a text tower that can't serve.
+    """
+    import open_clip
+    from open_clip.tokenizer import SimpleTokenizer
+
+    model = model.to(device).eval().requires_grad_(False)
+    tokenizer = SimpleTokenizer()
+    tower = TextTower(model, tokenizer)
+    words = tower.text.token_embedding.num_embeddings
+    if words != tokenizer.vocab_size:
+        raise ValueError(
+            f"model: {name} has {words} tokens, but CLIP's tokenizer has {tokenizer.vocab_size}; "
+            "models with another tokenizer are not supported yet"
+        )
+    if known_tokens is None:
+        known_tokens = torch.ones(words, dtype=torch.bool)
+    preprocess = open_clip.get_model_preprocess_cfg(model)
+    size = preprocess["size"]
+    return ClipModel(
+        name=name,
+        pretrained=pretrained,
+        model=model,
+        tokenizer=tokenizer,
+        text_tower=tower,
+        known_tokens=known_tokens,
+        image_size=size if isinstance(size, int) else int(size[0]),
+        mean=tuple(preprocess.get("mean", open_clip.OPENAI_DATASET_MEAN)),
+        std=tuple(preprocess.get("std", open_clip.OPENAI_DATASET_STD)),
+        interpolation=preprocess.get("interpolation", "bicubic"),
+    )
+
+
+def _load_open_clip(name: str, pretrained: str | None) -> nn.Module:
+    import open_clip
+    from open_clip.factory import load_checkpoint
+
+    if name.startswith("hf-hub:") or name.startswith("local-dir:"):
+        return _create(name, None)
+    if name not in open_clip.list_models():
+        raise unknown_name("model", name, model_names())
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained is None:
+        examples = ", ".join(tags[:4]) or "none published"
+        raise VlfastError(
+            f"pretrained: {name} needs weights: a tag ({examples}) or the path of a file"
+        )
+    if _is_path(pretrained):
+        path = Path(pretrained)
+        if _is_jit_archive(path):
+            return _load_openai_archive(path, expected=name)
+        model = _create(name, None)
+        try:
+            load_checkpoint(model, str(path))
+        except Exception as error:
+            raise VlfastError(
+                f"pretrained: {path} does not hold weights of {name}: {_first_line(error)}"
+            ) from error
+        return model
+    if pretrained not in tags:
+        raise unknown_name(f"pretrained tag of {name}", pretrained, tags)
+    return _create(name, pretrained)
+
+
+def _create(name: str, pretrained: str | None) -> nn.Module:
+    import logging
+
+    import open_clip
+
+    # open_clip warns through the root logger that a model without weights is random, which is
+    # what is wanted here: the weights follow.
+    logger = logging.getLogger()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return open_clip.create_model(name, pretrained)
+    except Exception as error:
+        raise VlfastError(
+            f"model: could not get {name} ({pretrained}): {_first_line(error)}. "
+            "Without a network, give pretrained the path of a weight file"
+        ) from error
+    finally:
+        logger.setLevel(level)
+
+
+def _load_openai_archive(path: Path, expected: str | None = None) -> nn.Module:
+    """A CLIP from OpenAI's TorchScript archive or its state dict; its sizes are in the weights."""
+    from open_clip.model import build_model_from_openai_state_dict, set_model_preprocess_cfg
+    from open_clip.transform import PreprocessCfg
+
+    if not path.is_file():
+        raise FileNotFoundError(f"model: there is no file {path}")
+    try:
+        if _is_jit_archive(path):
+            state = torch.jit.load(str(path), map_location="cpu").state_dict()
+        else:
+            from open_clip.factory import load_state_dict
+
+            state = load_state_dict(str(path))
+        model = build_model_from_openai_state_dict(dict(state), cast_dtype=torch.float32)
+    except Exception as error:
+        raise VlfastError(
+            f"model: {path} is not an OpenAI CLIP archive, or it is damaged: {_first_line(error)}"
+        ) from error
+    if expected is not None:
+        _check_architecture(model, expected, path)
+    size = model.visual.image_size
+    size = size if isinstance(size, int) else size[0]
+    set_model_preprocess_cfg(model, vars(PreprocessCfg(size=size)))
+    return model.float()
+
+
+def _check_architecture(model: nn.Module, expected: str, path: Path) -> None:
+    wanted = {k: v.shape for k, v in _create(expected, None).state_dict().items()}
+    for key, value in model.state_dict().items():
+        if wanted.get(key, value.shape) != value.shape:
+            raise VlfastError(
+                f"pretrained: {path} holds another architecture than {expected}: {key} is "
+                f"{tuple(value.shape)}, expected {tuple(wanted[key])}"
+            )
+
+
+def _is_path(pretrained: str) -> bool:
+    """A path as opposed to a tag; a path that leads nowhere is an error here."""
+    if Path(pretrained).is_file():
+        return True
+    if pretrained.endswith(WEIGHT_SUFFIXES) or "/" in pretrained:
+        raise FileNotFoundError(f"pretrained: there is no file {pretrained}")
+    return False
+
+
+def _is_jit_archive(path: Path) -> bool:
+    """TorchScript archives are zip files with a constants.pkl; checkpoints have none."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(entry.endswith("/constants.pkl") for entry in archive.namelist())
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

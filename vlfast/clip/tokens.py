@@ -1,0 +1,124 @@
+"""Class names as token ids, laid out for a context of learned vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Tokenizer(Protocol):
+    """What the text tower needs of a tokenizer; open_clip's SimpleTokenizer has it."""
+
+    sot_token_id: int
+    eot_token_id: int
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+@dataclass(frozen=True)
+class PromptTokens:
+    """What follows the context, one run a class.
+
+    names: class names in label order. template: as given to ``tokenize_names``.
+    suffix: int64 [C, S], the tokens after the context up to and including EOT, padded with 0.
+    lengths: int64 [C], how many of them count. between: how many tokens at the front of every run
+    stand between the context and the name ("of a" in IVLP and MaPLe). name_lengths: int64 [C],
+    tokens of the name itself, -1 where the template glues it to other letters. sot: the id of the
+    first token. has_context: whether the template names a context.
+    """
+
+    names: tuple[str, ...]
+    template: str
+    suffix: Tensor
+    lengths: Tensor
+    name_lengths: Tensor
+    between: int
+    sot: int
+    has_context: bool
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def select(self, index: Tensor) -> PromptTokens:
+        """The classes at ``index`` (int64 [K]), in that order."""
+        index = index.to(self.suffix.device)
+        return replace(
+            self,
+            names=tuple(self.names[i] for i in index.tolist()),
+            suffix=self.suffix[index],
+            lengths=self.lengths[index],
+            name_lengths=self.name_lengths[index],
+        )
+
+    def to(self, device: torch.device | str) -> PromptTokens:
+        """The same, with its tensors on ``device``."""
+        return replace(
+            self,
+            suffix=self.suffix.to(device),
+            lengths=self.lengths.to(device),
+            name_lengths=self.name_lengths.to(device),
+        )
+
+    def check_fits(self, n_ctx: int, context_length: int) -> None:
+        """Raise ValueError, naming the longest class, if SOS + n_ctx + its tokens do not fit."""
+        longest = int(self.lengths.argmax())
+        needed = 1 + n_ctx + int(self.lengths[longest])
+        if needed > context_length:
+            raise ValueError(
+                f"n_ctx: {n_ctx} context tokens and the class {self.names[longest]!r} need "
+                f"{needed} tokens, but the text tower has {context_length}; the most that fits "
+                f"is n_ctx={context_length - 1 - int(self.lengths[longest])}"
+            )
+
+
+def tokenize_names(tokenizer: Tokenizer, names: Sequence[str], template: str) -> PromptTokens:
+    """Lay out class names for ``template``.
+
+    template: ``"{ctx} {name}."`` for a learned context, with frozen words allowed between the two;
+    ``"a photo of a {name}."`` (no ``{ctx}``) for a hard prompt. Underscores in names become spaces.
+    Raises ValueError for an empty list, an empty name or a template of another form.
+    """
+    if isinstance(names, str) or not names:
+        raise ValueError(f"names: expected a non-empty sequence of class names, got {names!r}")
+    if template.count("{name}") != 1 or template.count("{ctx}") > 1:
+        raise ValueError(
+            f"template: expected one {{name}} and at most one {{ctx}}, got {template!r}"
+        )
+    has_context = "{ctx}" in template
+    if has_context and not template.startswith("{ctx}"):
+        raise ValueError(
+            f"template: {{ctx}} stands directly after the start of the text, got {template!r}"
+        )
+    words = template.removeprefix("{ctx}")
+    before, after = words.split("{name}")
+    between = tokenizer.encode(before.strip()) if before.strip() else []
+
+    runs, name_lengths = [], []
+    for name in names:
+        clean = name.replace("_", " ").strip()
+        if not clean:
+            raise ValueError(f"names: an empty class name at position {len(runs)}")
+        runs.append([*tokenizer.encode(f"{before}{clean}{after}".strip()), tokenizer.eot_token_id])
+        name_ids = tokenizer.encode(clean)
+        separable = runs[-1][len(between) : len(between) + len(name_ids)] == name_ids
+        name_lengths.append(len(name_ids) if separable else -1)
+
+    suffix = torch.zeros(len(runs), max(map(len, runs)), dtype=torch.int64)
+    for row, run in zip(suffix, runs, strict=True):
+        row[: len(run)] = torch.tensor(run)
+    return PromptTokens(
+        names=tuple(names),
+        template=template,
+        suffix=suffix,
+        lengths=torch.tensor([len(run) for run in runs]),
+        name_lengths=torch.tensor(name_lengths),
+        between=len(between),
+        sot=tokenizer.sot_token_id,
+        has_context=has_context,
+    )

@@ -1,0 +1,119 @@
+"""Pictures of runs: how the loss and the accuracy went, and what was predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which remain distinct to colour-blind readers.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+RIGHT, WRONG, INK, FAINT = "#009E73", "#B3261E", "#202124", "#80868B"
+
+
+@dataclass(frozen=True)
+class Guess:
+    """What one method made of an image: its best class name and the probability."""
+
+    method: str
+    classname: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image, its class name, which half the class is in, and what each method made of it."""
+
+    image: Image.Image
+    classname: str
+    half: str
+    guesses: Sequence[Guess]
+
+
+def plot_training(metrics: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Path) -> None:
+    """Curves over epochs, one colour a run: cross-entropy, accuracy, and perplexity where a run
+    has it (as its logarithm per context vector, which is what is minimised).
+
+    metrics: rows of metrics.jsonl by run name. Writes a PNG.
+    """
+    panels = [("labels", "cross-entropy, training", "nats")]
+    panels.append(("val_accuracy", "accuracy, validation", "%"))
+    if any("perplexity" in row for rows in metrics.values() for row in rows):
+        panels.append(("perplexity", "log perplexity of the context", "nats a vector"))
+    figure = _figure(4.4 * len(panels), 3.6)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (key, title, unit) in zip(axes, panels, strict=True):
+        for colour, (name, rows) in zip(COLOURS, metrics.items(), strict=False):
+            points = [(row["epoch"], row[key]) for row in rows if key in row]
+            if points:
+                axis.plot(*zip(*points, strict=True), color=colour, linewidth=1.8, label=name)
+        axis.set_title(title, fontsize=11, color=INK, loc="left")
+        axis.set_xlabel("epoch", color=FAINT)
+        axis.set_ylabel(unit, color=FAINT)
+        _plain(axis)
+    axes[0].legend(frameon=False, fontsize=9)
+    _save(figure, path)
+
+
+def plot_predictions(
+    examples: Sequence[Example], path: str | Path, *, title: str, columns: int = 6
+) -> None:
+    """Images with their class names, and under each what every method guessed, right or wrong.
+
+    Writes a PNG.
+    """
+    if not examples:
+        raise ValueError("examples: expected at least one, got none")
+    columns = min(columns, len(examples))
+    rows = -(-len(examples) // columns)
+    lines = max(len(example.guesses) for example in examples)
+    figure = _figure(2.3 * columns, (2.25 + 0.26 * lines) * rows + 0.5)
+    figure.suptitle(title, fontsize=13, color=INK, x=0.01, ha="left")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes:
+        axis.axis("off")
+    for axis, example in zip(axes, examples, strict=False):
+        axis.imshow(example.image, interpolation="nearest")
+        axis.set_title(
+            f"{example.classname}  ({example.half})", fontsize=10, color=INK, loc="left", pad=4
+        )
+        for line, guess in enumerate(example.guesses):
+            right = guess.classname == example.classname
+            axis.text(
+                0.0,
+                -0.06 - 0.125 * line,
+                f"{guess.method}: {guess.classname} {100 * guess.probability:.0f} %",
+                transform=axis.transAxes,
+                fontsize=8.5,
+                va="top",
+                color=RIGHT if right else WRONG,
+                fontweight="bold" if right else "normal",
+            )
+    _save(figure, path)
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained", dpi=130)
+
+
+def _plain(axis: Axes) -> None:
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axis.spines[side].set_color(FAINT)
+    axis.tick_params(colors=FAINT)
+    axis.grid(axis="y", color="#E8EAED", linewidth=0.8)
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, facecolor="white")

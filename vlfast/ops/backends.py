@@ -1,0 +1,107 @@
+"""Which backend serves which op: a kernel where one can, else the reference in plain PyTorch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _extension
+
+# The function of vlfast._C that serves an op on a type of device.
+KERNELS = {
+    ("symmetric_kl", "cpu"): "symmetric_kl_cpu",
+    ("symmetric_kl", "cuda"): "symmetric_kl_cuda",
+}
+OPS = ("perplexity", "symmetric_kl", "gated_mixture")
+
+_reference_only = os.environ.get("VLFAST_REFERENCE", "0") not in ("", "0")
+
+
+class BackendRow(NamedTuple):
+    """What serves one op on one type of device, and why or what to do about it."""
+
+    op: str
+    device: str
+    backend: str
+    reason: str
+
+
+@contextmanager
+def reference_only() -> Iterator[None]:
+    """Within it every op is served by the reference, in all threads; VLFAST_REFERENCE=1 does so
+    for a whole process. The reference is differentiable any number of times."""
+    global _reference_only
+    before, _reference_only = _reference_only, True
+    try:
+        yield
+    finally:
+        _reference_only = before
+
+
+def kernel_serves(op: str, tensor: Tensor) -> bool:
+    """Whether a kernel serves this op where the tensor is. Warns once where one is missing."""
+    if _reference_only or torch._C._are_functorch_transforms_active():
+        return False
+    reason = why_no_kernel(op, tensor.device.type, tensor.device.index)
+    if reason and (op, tensor.device.type) in KERNELS and not torch.compiler.is_compiling():
+        _extension.warn_once(reason)
+    return reason is None
+
+
+@torch.compiler.assume_constant_result
+def why_no_kernel(op: str, device_type: str, index: int | None = None) -> str | None:
+    """Why no kernel serves this op on this device, and what to do; None where one does."""
+    if (op, device_type) not in KERNELS:
+        return "no kernel is written for it"
+    if device_type == "cuda" and torch.version.hip:
+        return "the kernels are for NVIDIA GPUs"
+    if missing := _extension.why_no_kernels(device_type):
+        return missing
+    if device_type == "cuda":
+        archs = _extension.extension().build_config()["cuda_archs"]
+        return why_not_compiled_for(torch.cuda.get_device_capability(index), archs)
+    return None
+
+
+def why_not_compiled_for(capability: tuple[int, int], archs: str) -> str | None:
+    """Whether code for ``archs`` ("8.0 9.0a"), with PTX of the last one, runs on this GPU."""
+    major, minor = capability
+    compiled = [arch.split(".") for arch in archs.split()]
+    for arch_major, arch_minor in compiled:
+        exact = arch_minor[-1] in "af"
+        if int(arch_major) != major:
+            continue
+        if (not exact and int(arch_minor) <= minor) or arch_minor[:-1] == str(minor):
+            return None
+    newest_major, newest_minor = compiled[-1]
+    if newest_minor.isdigit() and (int(newest_major), int(newest_minor)) <= capability:
+        return None
+    return (
+        f"the native extension was built for the GPU architectures {archs}, and this one is "
+        f"{major}.{minor}; reinstall with VLFAST_CUDA_ARCHS={major}.{minor}"
+    )
+
+
+def backend_report() -> list[BackendRow]:
+    """A row for every op on the CPU and on CUDA: what serves it here and now, and why."""
+    rows = []
+    for op in OPS:
+        for device in ("cpu", "cuda"):
+            rows.append(BackendRow(op, device, *_backend_and_reason(op, device)))
+    return rows
+
+
+def _backend_and_reason(op: str, device: str) -> tuple[str, str]:
+    if device == "cuda" and not torch.cuda.is_available():
+        return "-", "no CUDA device here"
+    if _reference_only:
+        return "reference", "VLFAST_REFERENCE=1 or reference_only() asks for it"
+    reason = why_no_kernel(op, device)
+    if reason:
+        return "reference", reason
+    return ("C++" if device == "cpu" else "CUDA"), f"vlfast._C.{KERNELS[op, device]}"

@@ -1,0 +1,352 @@
+"""Distillation by the Kullback-Leibler divergence in both directions, in one pass over the logits.
+
+Methods: KDPL, arXiv 2407.03056 (both directions); PromptKD, arXiv 2403.02781 (forward only).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .._extension import extension
+from . import checks, reference
+from .backends import kernel_serves
+
+Reduction = Literal["none", "sum", "batchmean", "mean"]
+REDUCTIONS = ("none", "sum", "batchmean", "mean")
+# As csrc/include/vlfast/dtype.h has them.
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def symmetric_kl_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    student_scale: Tensor | float = 1.0,
+    teacher_scale: Tensor | float = 1.0,
+    temperature: Tensor | float = 1.0,
+    forward_weight: Tensor | float = 0.5,
+    reverse_weight: Tensor | float = 0.5,
+    index: Tensor | None = None,
+    reduction: Reduction = "batchmean",
+) -> Tensor:
+    """The divergence between a teacher's and a student's predictions, in both directions.
+
+    With p = softmax(teacher * teacher_scale / temperature) and q likewise of the student, a row is
+
+        forward_weight * KL(p || q) + reverse_weight * KL(q || p)
+
+    The defaults are KDPL's loss. PromptKD's is ``forward_weight=1, reverse_weight=0,
+    reduction="mean"``, times its own weight and temperature**2: this function multiplies by
+    neither.
+
+    Args:
+        student: [B, K], cosines with their scale below, or logits.
+        teacher: [B, K], or [B, N] with ``index``. No gradient.
+        student_scale: what the student's cosines are multiplied by, a number or a 0-d tensor.
+            A tensor that requires grad gets its gradient.
+        teacher_scale: likewise, without gradient.
+        temperature: > 0, divides both sides.
+        forward_weight: of KL(teacher || student), >= 0.
+        reverse_weight: of KL(student || teacher), >= 0.
+        index: int64 [K], the column of the teacher for each class of the student.
+        reduction: "none" [B], "sum", "batchmean" (sum / B), or "mean" (sum / (B * K)).
+
+    Floating dtypes may differ. The loss is fp32, or fp64 if a side is fp64; half precision is
+    computed in fp32; each gradient comes back in its input's dtype. A row with a value that is not
+    finite gives NaN for itself alone. Scales on the GPU are not read by the host.
+
+    A temperature or a weight that is a tensor, other devices than CPU and CUDA, and functorch
+    transforms are served by plain PyTorch. So are second derivatives, under
+    ``vlfast.ops.backends.reference_only()``.
+
+    Raises:
+        TypeError: an argument of another type or dtype.
+        ValueError: another shape, device or reduction, an empty input, a number out of range, or
+            a teacher, teacher_scale, temperature or weight that requires grad.
+    """
+    check_arguments(
+        student,
+        teacher,
+        student_scale,
+        teacher_scale,
+        temperature,
+        forward_weight,
+        reverse_weight,
+        index,
+        reduction,
+    )
+    rows, classes = student.shape
+    shares = {"none": 1.0, "sum": 1.0, "batchmean": 1 / rows, "mean": 1 / (rows * classes)}
+    share = shares[reduction]
+    if not kernel_can_serve(student, teacher, temperature, forward_weight, reverse_weight):
+        losses = reference.symmetric_kl(
+            student,
+            teacher,
+            student_scale,
+            teacher_scale,
+            temperature,
+            forward_weight,
+            reverse_weight,
+            index,
+        )
+        return losses if reduction == "none" else losses.sum() * share
+
+    student_scale, student_factor = tensor_and_factor(student_scale)
+    teacher_scale, teacher_factor = tensor_and_factor(teacher_scale)
+    arguments = (
+        student,
+        teacher,
+        student_scale,
+        teacher_scale,
+        index,
+        student_factor / temperature,
+        teacher_factor / temperature,
+        forward_weight * share,
+        reverse_weight * share,
+    )
+    learns = student.requires_grad or (student_scale is not None and student_scale.requires_grad)
+    if learns and torch.is_grad_enabled():
+        return SymmetricKL.apply(*arguments, reduction != "none")
+    losses = torch.ops.vlfast.symmetric_kl(*arguments, False)[0]
+    return losses if reduction == "none" else losses.sum()
+
+
+def check_arguments(
+    student: Tensor,
+    teacher: Tensor,
+    student_scale: Tensor | float,
+    teacher_scale: Tensor | float,
+    temperature: Tensor | float,
+    forward_weight: Tensor | float,
+    reverse_weight: Tensor | float,
+    index: Tensor | None,
+    reduction: str,
+) -> None:
+    checks.check_floating("student", student, ("B", "K"))
+    checks.check_floating("teacher", teacher, ("B", "K") if index is None else ("B", "N"))
+    checks.check_not_empty("student", student)
+    checks.check_same_size("B", ("student", student, 0), ("teacher", teacher, 0))
+    if index is None:
+        checks.check_same_size("K", ("student", student, 1), ("teacher", teacher, 1))
+    else:
+        checks.check_dtype("index", index, torch.int64, ("K",))
+        checks.check_same_size("K", ("student", student, 1), ("index", index, 0))
+        checks.check_in_range("index", index, teacher.shape[1])
+    checks.check_frozen("teacher", teacher)
+    checks.check_positive("student_scale", student_scale)
+    checks.check_positive("teacher_scale", teacher_scale)
+    checks.check_frozen("teacher_scale", teacher_scale)
+    checks.check_positive("temperature", temperature)
+    checks.check_weight("forward_weight", forward_weight)
+    checks.check_weight("reverse_weight", reverse_weight)
+    checks.check_same_device(
+        student=student,
+        teacher=teacher,
+        index=index,
+        student_scale=student_scale,
+        teacher_scale=teacher_scale,
+    )
+    checks.check_reduction(reduction, REDUCTIONS)
+
+
+def kernel_can_serve(student: Tensor, teacher: Tensor, *numbers: Tensor | float) -> bool:
+    """Whether there is a kernel for these dtypes, here, with plain ``numbers``."""
+    if any(isinstance(number, Tensor) for number in numbers):
+        return False
+    if student.dtype not in DTYPES or teacher.dtype not in DTYPES:
+        return False
+    return kernel_serves("symmetric_kl", student)
+
+
+def tensor_and_factor(scale: Tensor | float) -> tuple[Tensor | None, float]:
+    """A scale as a tensor, or nothing, and a number: their product is the scale."""
+    return (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
+
+
+class SymmetricKL(torch.autograd.Function):
+    """The op and its gradient, which the forward has already computed for an upstream of 1."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        student_scale: Tensor | None,
+        teacher_scale: Tensor | None,
+        index: Tensor | None,
+        student_factor: float,
+        teacher_factor: float,
+        forward_weight: float,
+        reverse_weight: float,
+        reduce: bool,
+    ) -> Tensor:
+        losses, gradient, gradient_of_scale = torch.ops.vlfast.symmetric_kl(
+            student,
+            teacher,
+            student_scale,
+            teacher_scale,
+            index,
+            student_factor,
+            teacher_factor,
+            forward_weight,
+            reverse_weight,
+            True,
+        )
+        ctx.save_for_backward(gradient, gradient_of_scale, student_scale)
+        ctx.student_dtype = student.dtype
+        ctx.student_factor = student_factor
+        return losses.sum() if reduce else losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, gradient_of_scale, student_scale = ctx.saved_tensors
+        for_student = for_scale = None
+        if ctx.needs_input_grad[0]:
+            if not is_one(upstream):
+                gradient = gradient * upstream.unsqueeze(-1)
+            for_student = gradient.to(ctx.student_dtype)
+        if ctx.needs_input_grad[2]:
+            for_scale = (gradient_of_scale * upstream).sum() * ctx.student_factor
+            for_scale = for_scale.to(student_scale)
+        return for_student, None, for_scale, *[None] * 7
+
+
+def is_one(upstream: Tensor) -> bool:
+    """Whether this is a 1 that may be looked at: on the CPU, and in no graph being traced."""
+    if upstream.dim() or upstream.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return upstream.item() == 1
+
+
+LIBRARY = torch.library.Library("vlfast", "FRAGMENT")
+LIBRARY.define(
+    "symmetric_kl(Tensor student, Tensor teacher, Tensor? student_scale, Tensor? teacher_scale, "
+    "Tensor? index, float student_factor, float teacher_factor, float forward_weight, "
+    "float reverse_weight, bool with_gradient) "
+    # [B]; [B, K] and [B], the gradient to the student and to its whole scale, or empty.
+    "-> (Tensor losses, Tensor gradient, Tensor gradient_of_scale)"
+)
+
+
+def symmetric_kl_cpu(
+    student: Tensor,
+    teacher: Tensor,
+    student_scale: Tensor | None,
+    teacher_scale: Tensor | None,
+    index: Tensor | None,
+    student_factor: float,
+    teacher_factor: float,
+    forward_weight: float,
+    reverse_weight: float,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    student, teacher, index = as_the_kernels_take(student, teacher, index)
+    results = empty_results(student, student.dtype, with_gradient)
+    extension().symmetric_kl_cpu(
+        DTYPES[student.dtype],
+        student.data_ptr(),
+        teacher.data_ptr(),
+        0 if index is None else index.data_ptr(),
+        *student.shape,
+        teacher.shape[1],
+        student_factor if student_scale is None else student_factor * student_scale.item(),
+        teacher_factor if teacher_scale is None else teacher_factor * teacher_scale.item(),
+        0,
+        0,
+        forward_weight,
+        reverse_weight,
+        *(result.data_ptr() for result in results),
+        torch.get_num_threads(),
+    )
+    return results
+
+
+def symmetric_kl_cuda(
+    student: Tensor,
+    teacher: Tensor,
+    student_scale: Tensor | None,
+    teacher_scale: Tensor | None,
+    index: Tensor | None,
+    student_factor: float,
+    teacher_factor: float,
+    forward_weight: float,
+    reverse_weight: float,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    student, teacher, index = as_the_kernels_take(student, teacher, index)
+    results = empty_results(student, student.dtype, with_gradient)
+    compute = results[0].dtype
+    # A scale stays on the GPU, where the kernel reads it.
+    scales = [
+        None if scale is None else scale.to(student.device, compute)
+        for scale in (student_scale, teacher_scale)
+    ]
+    with torch.cuda.device(student.device):
+        extension().symmetric_kl_cuda(
+            DTYPES[student.dtype],
+            student.data_ptr(),
+            teacher.data_ptr(),
+            0 if index is None else index.data_ptr(),
+            *student.shape,
+            teacher.shape[1],
+            student_factor,
+            teacher_factor,
+            *(0 if scale is None else scale.data_ptr() for scale in scales),
+            forward_weight,
+            reverse_weight,
+            *(result.data_ptr() for result in results),
+            torch.cuda.current_stream(student.device).cuda_stream,
+        )
+    return results
+
+
+def symmetric_kl_fake(
+    student: Tensor,
+    teacher: Tensor,
+    student_scale: Tensor | None,
+    teacher_scale: Tensor | None,
+    index: Tensor | None,
+    student_factor: float,
+    teacher_factor: float,
+    forward_weight: float,
+    reverse_weight: float,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(student.dtype, teacher.dtype)
+    return empty_results(student, dtype, with_gradient)
+
+
+def as_the_kernels_take(
+    student: Tensor, teacher: Tensor, index: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Both sides contiguous and in one dtype."""
+    dtype = torch.promote_types(student.dtype, teacher.dtype)
+    student, teacher = student.to(dtype).contiguous(), teacher.to(dtype).contiguous()
+    return student, teacher, None if index is None else index.contiguous()
+
+
+def empty_results(
+    student: Tensor, dtype: torch.dtype, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the losses, the gradient and the gradient to the scale, for both sides in ``dtype``.
+
+    A gradient in fp16 could underflow before a gradient scaler's factor reaches it: it is in fp32.
+    """
+    rows, classes = student.shape
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    of_gradient = dtype if dtype == torch.bfloat16 else compute
+    losses = student.new_empty(rows, dtype=compute)
+    if not with_gradient:
+        return losses, student.new_empty(0, 0, dtype=of_gradient), losses.new_empty(0)
+    gradient = student.new_empty(rows, classes, dtype=of_gradient)
+    return losses, gradient, torch.empty_like(losses)
+
+
+LIBRARY.impl("symmetric_kl", symmetric_kl_cpu, "CPU")
+LIBRARY.impl("symmetric_kl", symmetric_kl_cuda, "CUDA")
+torch.library.register_fake("vlfast::symmetric_kl", symmetric_kl_fake, lib=LIBRARY)

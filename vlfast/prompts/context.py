@@ -1,0 +1,116 @@
+"""Context vectors in the text tower's input: shared by all classes (CoOp), or one set a class."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from vlfast.clip.models import ClipModel
+from vlfast.clip.text_tower import Position, TextOutput
+from vlfast.clip.tokens import PromptTokens
+from vlfast.clip.words import check_vocabulary
+from vlfast.prompts.base import Prompts
+
+INIT_STD = 0.02  # CoOp's normal initialisation
+
+
+def initial_context(clip: ClipModel, n_ctx: int | None, init: str | None) -> Tensor:
+    """The vectors a context starts from, fp32 [n_ctx, d].
+
+    init: words whose token embeddings are taken (the first n_ctx of them; n_ctx None means all),
+    or None for N(0, 0.02) from torch's global generator. Raises ValueError where n_ctx does not
+    fit.
+    """
+    if init is None:
+        if n_ctx is None or n_ctx < 1:
+            raise ValueError(f"n_ctx: expected at least 1 context token, got {n_ctx}")
+        return torch.randn(n_ctx, clip.text_tower.width) * INIT_STD
+    check_vocabulary(clip, [init], "init")
+    words = clip.text_tower.embed_words(init).float().cpu()
+    n_ctx = len(words) if n_ctx is None else n_ctx
+    if not 1 <= n_ctx <= len(words):
+        raise ValueError(
+            f"n_ctx: expected 1 to {len(words)}, the tokens of init={init!r}, got {n_ctx}; "
+            "without init the context is drawn at random, of any length"
+        )
+    return words[:n_ctx].clone()
+
+
+class SharedContext(Prompts):
+    """One context for all classes: CoOp (arXiv 2109.01134), section 3.2, unified context.
+
+    context: fp32 [n_ctx, d].
+    """
+
+    kind = "shared"
+    learns = "n_ctx context vectors shared by all classes"
+
+    def __init__(
+        self,
+        clip: ClipModel,
+        *,
+        n_ctx: int | None = 16,
+        init: str | None = None,
+        position: Position = "end",
+    ) -> None:
+        super().__init__()
+        self.position: Position = position
+        self.context = nn.Parameter(initial_context(clip, n_ctx, init))
+
+    def encode(
+        self, clip: ClipModel, tokens: PromptTokens, index: Tensor | None = None
+    ) -> TextOutput:
+        return clip.text_tower(self.context, tokens, per="all", position=self.position, index=index)
+
+    def context_vectors(self) -> Tensor:
+        return self.context
+
+
+class ClassContext(Prompts):
+    """A context of its own for each class: CoOp (arXiv 2109.01134), section 3.2, class-specific.
+
+    context: fp32 [C, n_ctx, d]. It knows only the classes it was made for.
+    """
+
+    kind = "class_specific"
+    learns = "n_ctx context vectors for each class"
+
+    def __init__(
+        self,
+        clip: ClipModel,
+        *,
+        num_classes: int,
+        n_ctx: int | None = 16,
+        init: str | None = None,
+        position: Position = "end",
+    ) -> None:
+        super().__init__()
+        if init is not None:
+            warnings.warn(
+                "init: CoOp draws class-specific contexts at random; every class now starts from "
+                f"the words {init!r}",
+                stacklevel=2,
+            )
+            start = initial_context(clip, n_ctx, init).expand(num_classes, -1, -1).clone()
+        else:
+            start = initial_context(clip, n_ctx, None)
+            start = torch.randn(num_classes, *start.shape) * INIT_STD
+        self.position: Position = position
+        self.context = nn.Parameter(start)
+
+    def encode(
+        self, clip: ClipModel, tokens: PromptTokens, index: Tensor | None = None
+    ) -> TextOutput:
+        if len(tokens) != len(self.context):
+            raise ValueError(
+                f"class_specific: these contexts were learned for {len(self.context)} classes, "
+                f"got {len(tokens)}; they can't name new classes"
+            )
+        return clip.text_tower(
+            self.context, tokens, per="class", position=self.position, index=index
+        )
+
+    def context_vectors(self) -> Tensor:
+        return self.context

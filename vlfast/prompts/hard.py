@@ -1,0 +1,36 @@
+"""A hard prompt: the dataset's template, nothing learned (zero-shot CLIP, arXiv 2103.00020)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vlfast.clip.models import ClipModel
+from vlfast.clip.text_tower import TextOutput
+from vlfast.clip.tokens import PromptTokens
+from vlfast.prompts.base import Prompts
+
+
+class HardPrompt(Prompts):
+    """The class names in a fixed template, which is the dataset's unless one is given.
+
+    template: with one ``{}`` for the class name.
+    """
+
+    kind = "hard"
+    learns = "nothing"
+
+    def __init__(self, *, template: str | None = None) -> None:
+        super().__init__()
+        if template is not None and template.count("{}") != 1:
+            raise ValueError(f"template: expected exactly one {{}}, got {template!r}")
+        self.template = template
+
+    def tokenize(self, clip: ClipModel, classnames: tuple[str, ...], template: str) -> PromptTokens:
+        return clip.text_tower.tokenize(classnames, (self.template or template).format("{name}"))
+
+    @torch.no_grad()
+    def encode(
+        self, clip: ClipModel, tokens: PromptTokens, index: Tensor | None = None
+    ) -> TextOutput:
+        return clip.text_tower(None, tokens, index=index)

@@ -1,0 +1,84 @@
+"""A CLIP with prompts as a classifier over class names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import DataLoader
+
+from vlfast.clip.models import ClipModel
+from vlfast.clip.text_tower import TextOutput
+from vlfast.clip.words import check_vocabulary
+from vlfast.data.dataset import Split
+from vlfast.data.views import ViewConfig, Views
+from vlfast.prompts import Prompts
+
+TEST_BATCH = 100  # Dassl's test batch
+
+
+def view_config(clip: ClipModel) -> ViewConfig:
+    """What this model expects of images."""
+    return ViewConfig(clip.image_size, clip.mean, clip.std, clip.interpolation)
+
+
+class PromptedClassifier:
+    """Class names, prompts and a frozen CLIP. ``template`` holds one ``{}`` for the class name."""
+
+    def __init__(
+        self, clip: ClipModel, prompts: Prompts, classnames: Sequence[str], template: str
+    ) -> None:
+        self.clip = clip
+        self.prompts = prompts
+        self.classnames = tuple(classnames)
+        self.template = template
+        check_vocabulary(clip, self.classnames, "classnames")
+        self.tokens = prompts.tokenize(clip, self.classnames, template)
+
+    def for_classes(self, classnames: Sequence[str]) -> PromptedClassifier:
+        """The same prompts with other class names."""
+        return PromptedClassifier(self.clip, self.prompts, classnames, self.template)
+
+    def encode_text(self) -> TextOutput:
+        """Class features and context states, differentiable to the prompts."""
+        return self.prompts.encode(self.clip, self.tokens)
+
+    def logits(self, images: Tensor, class_features: Tensor) -> Tensor:
+        """Logit scale times cosine, fp32 [B, C], from normalised image features [B, D] and class
+        features [C, D]. Under autocast too: half precision has steps of 0.06 at such scales."""
+        with torch.autocast(images.device.type, enabled=False):
+            classes = functional.normalize(class_features.float(), dim=-1)
+            return self.clip.logit_scale.float() * images.float() @ classes.T
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Tensor:
+        """Logits [N, C] of normalised image features [N, D]."""
+        return self.logits(images, self.encode_text().features)
+
+
+def loader_workers(split: Split, asked: int | None) -> int:
+    """Processes that load images. Views that are rendered in memory need none; files get as many
+    as there are cores, at most 8."""
+    if asked is not None:
+        return asked
+    return 0 if split.source.renders_views else min(8, os.cpu_count() or 1)
+
+
+@torch.no_grad()
+def encode_split(
+    clip: ClipModel, split: Split, *, workers: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Normalised features [N, D] of a split's test views and labels [N], on the model's device."""
+    loader = DataLoader(
+        Views(split, view_config(clip)),
+        batch_size=TEST_BATCH,
+        num_workers=loader_workers(split, workers),
+    )
+    features = [clip.encode_images(images.to(clip.device)) for images, _ in loader]
+    labels = torch.from_numpy(split.labels).to(clip.device)
+    if not features:
+        return torch.empty(0, 0, device=clip.device), labels
+    return torch.cat(features), labels

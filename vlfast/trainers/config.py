@@ -1,0 +1,228 @@
+"""One config for a run: the same as dataclasses, YAML and command-line options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from vlfast.clip.text_tower import Position
+from vlfast.data.dataset import ClassSubset
+from vlfast.errors import VlfastError, unknown_name
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass
+class ModelConfig:
+    """The frozen CLIP.
+
+    Attributes:
+        name: A bundled model (glyphs-student, glyphs-teacher), an open_clip name, or a file.
+        pretrained: An open_clip tag or the path of a weight file; bundled models need none.
+        precision: What the forward pass computes in; prompts stay fp32.
+        device: "auto" takes a GPU if there is one; else "cpu", "cuda", "cuda:1", ...
+    """
+
+    name: str = "glyphs-student"
+    pretrained: str | None = None
+    precision: Precision = "fp32"
+    device: str = "auto"
+
+
+@dataclass
+class DataConfig:
+    """The images.
+
+    Attributes:
+        name: glyphs/THEME, or "folder" for your own images in root/{train,val,test}/CLASS/.
+        root: The folder of the images, where the dataset has one.
+        shots: Training images a class; 0 takes all.
+        classes: All classes, the base half or the new half.
+        template: The text around a class name, with one {}; the dataset's own by default.
+        augment: Random views of the training images; False trains on the test views.
+        workers: Processes that load images; by default as many as help.
+    """
+
+    name: str = "glyphs/tools"
+    root: str | None = None
+    shots: int = 16
+    classes: ClassSubset = "all"
+    template: str | None = None
+    augment: bool = True
+    workers: int | None = None
+
+
+@dataclass
+class PromptsConfig:
+    """Where learnable tokens live.
+
+    Attributes:
+        kind: hard, shared or class_specific.
+        n_ctx: Context tokens; by default as many as init has.
+        init: Words to start from; "auto" takes the dataset's; nothing draws at random.
+        position: Where the class name stands in the context.
+        template: The text of hard prompts, with one {}; the dataset's by default.
+    """
+
+    kind: str = "shared"
+    n_ctx: int | None = 16
+    init: str | None = None
+    position: Position = "end"
+    template: str | None = None
+
+
+@dataclass
+class RecipeConfig:
+    """How it is trained.
+
+    Attributes:
+        name: The named recipe that the rest was filled from.
+        epochs: Passes over the training images.
+        batch_size: Images a step.
+        lr: The learning rate after warm-up.
+        momentum: Of SGD.
+        weight_decay: Of SGD, on every learnable tensor.
+        warmup_epochs: Epochs at warmup_lr before the cosine begins.
+        warmup_lr: The constant learning rate of the warm-up.
+        clip_grad_norm: The largest gradient norm; by default gradients are not clipped.
+    """
+
+    name: str = "coop"
+    epochs: int = 50
+    batch_size: int = 32
+    lr: float = 0.002
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warmup_epochs: int = 1
+    warmup_lr: float = 1e-5
+    clip_grad_norm: float | None = None
+
+
+@dataclass
+class Config:
+    """A whole run.
+
+    Attributes:
+        model: The frozen CLIP.
+        data: The images.
+        prompts: Where learnable tokens live.
+        objectives: What they learn from: entries {kind, weight, ...}.
+        recipe: How it is trained.
+        seed: Of the few-shot draw, the initialisation, the order and the views.
+        output: The run's folder; by default runs/DATA/RECIPE-....
+        reference: Use the plain PyTorch twin of every fused op.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    objectives: list[dict[str, Any]] = field(default_factory=lambda: [{"kind": "labels"}])
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    seed: int = 1
+    output: str | None = None
+    reference: bool = False
+
+
+# The option of each section that a bare word stands for: `--recipe coop` is `--recipe.name coop`.
+SHORTHAND = {"model": "name", "data": "name", "prompts": "kind", "recipe": "name"}
+
+_TOP = frozenset(f.name for f in fields(Config))
+
+
+def config_parser(prog: str = "vlfast", description: str | None = None) -> ArgumentParser:
+    """The jsonargparse parser of a Config: one option a field, nested with dots, and --config FILE.
+    Its errors are raised, not printed."""
+    from jsonargparse import ActionConfigFile, ArgumentParser
+
+    parser = ArgumentParser(
+        prog=prog,
+        description=description,
+        exit_on_error=False,
+        allow_abbrev=False,
+        print_config=None,
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="a YAML file with these options")
+    parser.add_class_arguments(Config, None)
+    return parser
+
+
+def build_config(values: Mapping[str, Any]) -> Config:
+    """A Config from nested values, every type checked; what is not given takes its default.
+
+    A bare word stands for a section's name ({"recipe": "coop"}). Raises UnknownNameError for an
+    unknown option (with the nearest), VlfastError for a value of the wrong type.
+    """
+    from jsonargparse import ArgumentError
+
+    values = expand_shorthand(values)
+    check_options(values)
+    parser = config_parser()
+    try:
+        built = parser.instantiate(parser.parse_object(values))
+    except ArgumentError as error:
+        raise VlfastError(one_line(error)) from error
+    return Config(**{f.name: built[f.name] for f in fields(Config)})
+
+
+def expand_shorthand(values: Mapping[str, Any]) -> dict[str, Any]:
+    """{"recipe": "coop"} as {"recipe": {"name": "coop"}}; section dataclasses as dicts."""
+    expanded = {}
+    for key, value in values.items():
+        if key in SHORTHAND and isinstance(value, str):
+            value = {SHORTHAND[key]: value}
+        elif is_dataclass(value):
+            value = asdict(value)
+        expanded[key] = value
+    return expanded
+
+
+def nest_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """{"epochs": 10} as {"recipe": {"epochs": 10}}: options that only one section has may be flat.
+
+    Sections and what is known to none are left as they are. Raises VlfastError for a flat option
+    that several sections have.
+    """
+    homes: dict[str, list[str]] = {}
+    for section in fields(Config):
+        if is_dataclass(section.default_factory):
+            for option in fields(section.default_factory):
+                homes.setdefault(option.name, []).append(section.name)
+    nested: dict[str, Any] = {}
+    for key, value in expand_shorthand(options).items():
+        sections = [] if key in _TOP else homes.get(key, [])
+        if len(sections) > 1:
+            raise VlfastError(
+                f"{key}: expected it inside its section, since {' and '.join(sections)} have it"
+            )
+        if sections:
+            nested.setdefault(sections[0], {})[key] = value
+        elif isinstance(value, Mapping) and isinstance(nested.get(key), Mapping):
+            nested[key] = {**value, **nested[key]}
+        else:
+            nested[key] = value
+    return nested
+
+
+def check_options(values: Mapping[str, Any], section: type = Config, prefix: str = "") -> None:
+    """Raise UnknownNameError for an option that no section has."""
+    known = {f.name: f for f in fields(section)}
+    for key, value in values.items():
+        if key not in known:
+            raise unknown_name("option", prefix + key, [prefix + name for name in known])
+        nested = known[key].default_factory
+        if is_dataclass(nested):
+            if not isinstance(value, Mapping):
+                raise VlfastError(
+                    f"{prefix}{key}: expected options of {nested.__name__}, got {value!r}"
+                )
+            check_options(value, nested, f"{prefix}{key}.")
+
+
+def one_line(error: Exception) -> str:
+    """A message of jsonargparse on one line."""
+    text = " ".join(str(error).split()).replace("<class '", "").replace("'>", "")
+    return text.replace("Parser key ", "option ").replace("typing.", "")
