@@ -9,6 +9,10 @@ from PIL import Image
 
 from vlfast.data.dataset import Dataset, Split
 
+# Models this small gain nothing from threads, and spinning threads starve each other on a busy
+# machine. Tests of threading set their own number.
+torch.set_num_threads(1)
+
 COLOURS = {
     "red": (220, 30, 30),
     "green": (30, 200, 40),

@@ -84,7 +84,7 @@ GLYPHS_PER_CONCEPT = 2
 CONCEPT_SCALE = 20.0
 LABEL_SMOOTHING = 0.1
 TEXT_EVERY = 3
-STRENGTH_FROM, STRENGTH_FULL_AT = 0.3, 0.4
+STRENGTH_FROM, STRENGTH_FULL_AT = 0.0, 0.5
 WARM_UP = 0.04
 WEIGHT_DECAY = 0.05
 
@@ -332,6 +332,10 @@ def load_corpus(cache_dir: Path | None, theme_boost: float) -> Corpus:
     drawn = np.flatnonzero(masks.reshape(len(masks), -1).max(1) > 0)
     glyphs, masks = [glyphs[i] for i in drawn], masks[drawn]
     theme_names = _theme_names()
+    # A name that only one glyph has teaches little: it is kept where it means a class of a theme.
+    common = Counter(glyph.concept for glyph in glyphs)
+    kept = [i for i, g in enumerate(glyphs) if common[g.concept] > 1 or g.concept in theme_names]
+    glyphs, masks = [glyphs[i] for i in kept], masks[kept]
     ids: dict[object, int] = {}
     concept_of = np.empty(len(glyphs), np.int64)
     names: list[Counter] = []
@@ -349,7 +353,7 @@ def load_corpus(cache_dir: Path | None, theme_boost: float) -> Corpus:
             names[ids[key]][name] += 2
     order = np.argsort(concept_of, kind="stable")
     glyphs_of = np.split(order, np.flatnonzero(np.diff(concept_of[order])) + 1)
-    weights = np.array([boosts[i] * math.sqrt(len(g)) for i, g in enumerate(glyphs_of)])
+    weights = np.array([boosts[i] * min(len(g), 8) for i, g in enumerate(glyphs_of)])
     return Corpus(
         glyphs,
         torch.from_numpy(masks),
@@ -369,7 +373,9 @@ class Captioner:
         for template in (*PLAIN, *STYLED, *COLOURED, *CONDITIONS):
             words.update(template.replace("{}", " ").replace(",", " , ").split())
         words.update(w for style in STYLE_WORDS.values() for s in style for w in s.split())
-        words.update((*COLOUR_NAMES, *"inverted small large blurry tilted dark bright noisy".split()))
+        words.update(
+            (*COLOUR_NAMES, *"inverted small large blurry tilted dark bright noisy".split())
+        )
         used = {t for w in words for t in self._encode(w.strip("{}"))}
         used |= set(self._tokenizer.encode(". , a an the"))
         used |= {self._tokenizer.sot_token_id, self._tokenizer.eot_token_id}
@@ -388,7 +394,9 @@ class Captioner:
             [start, *(t for word in caption.split() for t in self._encode(word)), end]
             for caption in captions
         ]
-        rows = [row if len(row) <= CONTEXT_LENGTH else [*row[: CONTEXT_LENGTH - 1], end] for row in rows]
+        rows = [
+            row if len(row) <= CONTEXT_LENGTH else [*row[: CONTEXT_LENGTH - 1], end] for row in rows
+        ]
         # Few lengths, since the kernels are compiled anew for each.
         length = -(-max(map(len, rows)) // 8) * 8
         out = torch.zeros(len(rows), length, dtype=torch.int64)
@@ -596,7 +604,7 @@ def train(
             model.logit_scale.clamp_(max=math.log(100))
         for key, value in losses.items():
             running[key] = 0.98 * running.get(key, value.item()) + 0.02 * value.item()
-        if (step + 1) % 200 == 0 or step + 1 == steps:
+        if (step + 1) % 100 == 0 or step + 1 == steps:
             seconds = time.perf_counter() - began
             shown = " ".join(f"{key} {value:.3f}" for key, value in running.items())
             print(f"{name} {step + 1}/{steps} {seconds:.0f} s {shown}", flush=True)
@@ -673,7 +681,9 @@ def model_card(
     """The card as Markdown: everything in it was measured or read in this run."""
     seen = sorted({glyph.family for glyph in corpus.glyphs})
     unseen = sorted({font.family for font in UNSEEN_FONTS})
-    packages = sorted({(f.distribution, installed_version(f)) for f in PRETRAINING_FONTS + UNSEEN_FONTS})
+    packages = sorted(
+        {(f.distribution, installed_version(f)) for f in PRETRAINING_FONTS + UNSEEN_FONTS}
+    )
     lines = [
         "# glyphs-teacher and glyphs-student",
         "",
@@ -713,7 +723,9 @@ def model_card(
         scores = " | ".join(
             " / ".join(f"{results[n][theme][part]:.1f}" for part in PARTS[2:]) for n in results
         )
-        lines.append(f"| {theme} | {sizes['classes']:.0f} | {sizes['chance']:.1f} | {counts} | {scores} |")
+        lines.append(
+            f"| {theme} | {sizes['classes']:.0f} | {sizes['chance']:.1f} | {counts} | {scores} |"
+        )
     options = " ".join(
         f"--{key.replace('_', '-')} {value}"
         for key, value in sorted(vars(arguments).items())
@@ -777,9 +789,9 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--teacher-images", type=int, default=640_000)
-    parser.add_argument("--student-images", type=int, default=480_000)
-    parser.add_argument("--theme-boost", type=float, default=3.0)
+    parser.add_argument("--teacher-images", type=int, default=400_000)
+    parser.add_argument("--student-images", type=int, default=280_000)
+    parser.add_argument("--theme-boost", type=float, default=5.0)
     root = Path(__file__).resolve().parents[1]
     parser.add_argument("--out", type=Path, default=root / "vlfast" / "clip" / "bundled")
     parser.add_argument("--work-dir", type=Path, default=root / "build" / "pretrain-glyphs")

@@ -138,7 +138,10 @@ VLFAST_INLINE RowResult<C> solve(Row<C> row, std::int64_t classes, Coefficients<
   const C student_top = top_logit(student, classes, student_scale);
   const C teacher_top = top_logit(teacher, classes, teacher_scale);
 
-  // gap / classes is summed, not gap: it may be as large as the largest number.
+  // s - t of a class is taken as scale * (u - ratio * v), which is 0 where both sides are the same
+  // even if the compiler fuses a product and a sum. Of its mean, the shares are summed: the gaps
+  // may be as large as the largest number.
+  const C ratio = teacher_scale / student_scale;
   const C share = C(1) / static_cast<C>(classes);
   C student_sum = 0, teacher_sum = 0, gap_sum = 0;
   for (std::int64_t begin = 0; begin < classes; begin += kBlock) {
@@ -146,15 +149,16 @@ VLFAST_INLINE RowResult<C> solve(Row<C> row, std::int64_t classes, Coefficients<
     C student_part = 0, teacher_part = 0, gap_part = 0;
 #pragma omp simd reduction(+ : student_part, teacher_part, gap_part)
     for (std::int64_t c = begin; c < end; ++c) {
-      const C s = (student[c] - student_top) * student_scale;
-      const C t = (teacher[c] - teacher_top) * teacher_scale;
-      const C student_exp = exp_negative(s);
-      const C teacher_exp = exp_negative(t);
+      const C u = student[c] - student_top;
+      const C v = teacher[c] - teacher_top;
+      const C gap = (u - ratio * v) * student_scale;
+      const C student_exp = exp_negative(u * student_scale);
+      const C teacher_exp = exp_negative(v * teacher_scale);
       student_exps[c] = student_exp;
       teacher_exps[c] = teacher_exp;
       student_part += student_exp;
       teacher_part += teacher_exp;
-      gap_part += student_exp * ((s - t) * share);
+      gap_part += student_exp * (gap * share);
     }
     student_sum += student_part;
     teacher_sum += teacher_part;
@@ -178,19 +182,19 @@ VLFAST_INLINE RowResult<C> solve(Row<C> row, std::int64_t classes, Coefficients<
     C forward_part = 0, reverse_part = 0, of_scale_part = 0;
 #pragma omp simd reduction(+ : forward_part, reverse_part, of_scale_part)
     for (std::int64_t c = begin; c < end; ++c) {
-      const C below_top = student[c] - student_top;
-      const C s = below_top * student_scale;
-      const C t = (teacher[c] - teacher_top) * teacher_scale;
+      const C u = student[c] - student_top;
+      const C v = teacher[c] - teacher_top;
+      const C gap = (u - ratio * v) * student_scale;
       const C q = student_exps[c] * to_q;
       const C p = teacher_exps[c] * to_p;
-      const KLTerms<C> terms = kl_terms(p, q, (t - s) - log_ratio);
+      const KLTerms<C> terms = kl_terms(p, q, -gap - log_ratio);
       forward_part += terms.forward;
       reverse_part += terms.reverse;
       if (kGradient) {
         const C gradient =
-            forward_weight * terms.difference + reverse_weight * (q * ((s - t) - mean_gap));
+            forward_weight * terms.difference + reverse_weight * (q * (gap - mean_gap));
         gradients[c] = gradient * student_scale;
-        of_scale_part += gradient * below_top;
+        of_scale_part += gradient * u;
       }
     }
     forward += forward_part;

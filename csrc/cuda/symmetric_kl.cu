@@ -94,6 +94,7 @@ class RowSolver {
         share_(C(1) / static_cast<C>(problem.classes)),
         student_scale_(scale_of<C>(problem.student_factor, problem.student_scale)),
         teacher_scale_(scale_of<C>(problem.teacher_factor, problem.teacher_scale)),
+        ratio_(teacher_scale_.size / student_scale_.size),
         forward_weight_(static_cast<C>(problem.forward_weight)),
         reverse_weight_(static_cast<C>(problem.reverse_weight)) {}
 
@@ -113,12 +114,12 @@ class RowSolver {
       sums = moved(sums, student_top, teacher_top);
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
-        const C s = (student[i] - student_top) * student_scale_.size;
-        const C t = (teacher[i] - teacher_top) * teacher_scale_.size;
-        const C student_exp = exp_negative(s);
+        const C u = student[i] - student_top;
+        const C v = teacher[i] - teacher_top;
+        const C student_exp = exp_negative(u * student_scale_.size);
         sums.student += student_exp;
-        sums.teacher += exp_negative(t);
-        sums.gap += student_exp * ((s - t) * share_);
+        sums.teacher += exp_negative(v * teacher_scale_.size);
+        sums.gap += student_exp * (gap(u, v) * share_);
       }
     }
     return sums;
@@ -148,18 +149,17 @@ class RowSolver {
       Pack<G, kWidth> gradients;
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
-        const C below_top = student[i] - sums.student_top;
-        const C s = below_top * student_scale_.size;
-        const C t = (teacher[i] - sums.teacher_top) * teacher_scale_.size;
-        const C q = exp_negative(s) * to_q;
-        const C p = exp_negative(t) * to_p;
-        const KLTerms<C> terms = kl_terms(p, q, (t - s) - log_ratio);
+        const C u = student[i] - sums.student_top;
+        const C v = teacher[i] - sums.teacher_top;
+        const C q = exp_negative(u * student_scale_.size) * to_q;
+        const C p = exp_negative(v * teacher_scale_.size) * to_p;
+        const KLTerms<C> terms = kl_terms(p, q, -gap(u, v) - log_ratio);
         losses.forward += terms.forward;
         losses.reverse += terms.reverse;
         const C gradient =
-            forward_weight_ * terms.difference + reverse_weight_ * (q * ((s - t) - mean_gap));
+            forward_weight_ * terms.difference + reverse_weight_ * (q * (gap(u, v) - mean_gap));
         narrow(gradient * gradient_scale, gradients.values[i]);
-        losses.gradient_of_scale += gradient * below_top;
+        losses.gradient_of_scale += gradient * u;
       }
       if (gradient_) *reinterpret_cast<Pack<G, kWidth>*>(gradient_ + c) = gradients;
     }
@@ -203,13 +203,17 @@ class RowSolver {
   // might be minus infinity.
   __device__ Sums<C> moved(const Sums<C>& sums, C student_top, C teacher_top) const {
     const bool empty = sums.student == 0;
-    const C student_shift = empty ? C(0) : (sums.student_top - student_top) * student_scale_.size;
-    const C teacher_shift = empty ? C(0) : (sums.teacher_top - teacher_top) * teacher_scale_.size;
-    const C factor = exp_negative(student_shift);
-    const C gap = sums.gap + sums.student * ((student_shift - teacher_shift) * share_);
+    const C u = empty ? C(0) : sums.student_top - student_top;
+    const C v = empty ? C(0) : sums.teacher_top - teacher_top;
+    const C factor = exp_negative(u * student_scale_.size);
     return {student_top, teacher_top, factor * sums.student,
-            exp_negative(teacher_shift) * sums.teacher, factor * gap};
+            exp_negative(v * teacher_scale_.size) * sums.teacher,
+            factor * (sums.gap + sums.student * (gap(u, v) * share_))};
   }
+
+  // s - t, as a difference that is 0 where both sides are the same, even if the compiler fuses a
+  // product and a sum.
+  __device__ C gap(C u, C v) const { return (u - ratio_ * v) * student_scale_.size; }
 
   const T* __restrict__ student_;
   const T* __restrict__ teacher_;
@@ -219,6 +223,7 @@ class RowSolver {
   C share_;
   Scale<C> student_scale_;
   Scale<C> teacher_scale_;
+  C ratio_;
   C forward_weight_;
   C reverse_weight_;
 };

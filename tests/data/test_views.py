@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from vlfast.data.dataset import Split
-from vlfast.data.views import ViewConfig, Views, image_batch, eval_transform, view_seed
+from vlfast.data.views import ViewConfig, Views, eval_transform, image_batch, view_seed
 
 CONFIG = ViewConfig(size=16, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 

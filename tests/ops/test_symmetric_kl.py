@@ -433,7 +433,7 @@ class TestInPyTorch:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(
-    backends.why_no_kernel("symmetric_kl", "cuda") is not None or not torch.cuda.is_available(),
+    not torch.cuda.is_available() or backends.why_no_kernel("symmetric_kl", "cuda") is not None,
     reason="no CUDA device that vlfast._C was built for",
 )
 class TestOnGpu:

@@ -29,7 +29,7 @@ struct SymmetricKL {
   std::int64_t teacher_classes;
 
   // The scale of each side: its factor times, where the pointer is not null, the one value of
-  // compute type that it points to. CUDA only: on the CPU the factor is the scale.
+  // compute type that it points to (CUDA only: on the CPU the factor is the scale). Neither is 0.
   double student_factor;
   double teacher_factor;
   const void* student_scale;

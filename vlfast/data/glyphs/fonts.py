@@ -248,7 +248,8 @@ def human_words(drawing: str) -> tuple[str, ...]:
     return tuple(words[1:] if len(words) > 1 and words[0] in _CATEGORIES else words)
 
 
-def read_glyphs(fonts: Sequence[Font]) -> list[Glyph]:
+@lru_cache(maxsize=4)
+def read_glyphs(fonts: tuple[Font, ...]) -> tuple[Glyph, ...]:
     """Every glyph of these fonts once (several names of a glyph: the first in their order), without
     brand logos and names that hold no word. Raises FileNotFoundError if a package is missing,
     saying what to install."""
@@ -273,7 +274,7 @@ def read_glyphs(fonts: Sequence[Font]) -> list[Glyph]:
             seen.add(codepoint)
             drawn.add((drawing, style))
             glyphs.append(Glyph(font, name, codepoint, style, drawing, words))
-    return glyphs
+    return tuple(glyphs)
 
 
 def draw_mask(typeface: ImageFont.FreeTypeFont, codepoint: int) -> np.ndarray:
@@ -320,7 +321,9 @@ def _read_cached(path: Path, count: int) -> np.ndarray | None:
     return masks
 
 
-def load_masks(glyphs: Sequence[Glyph], name: str, cache_dir: str | Path | None = None) -> np.ndarray:
+def load_masks(
+    glyphs: Sequence[Glyph], name: str, cache_dir: str | Path | None = None
+) -> np.ndarray:
     """Masks of these glyphs, uint8 [N, 48, 48], drawn at first use and then read from the cache.
 
     The file's name holds a hash of the glyphs, the versions of their packages and the format, so

@@ -1,0 +1,46 @@
+# `make demo` and `make test` set everything up. PYTHON chooses the interpreter for .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := setup.py MANIFEST.in pyproject.toml $(shell find csrc tools -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' -o -name 'build_*.py')
+CODE := setup.py vlfast tests benchmarks tools
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
+
+.PHONY: install demo test test-all bench gpu lint format clean
+
+install: .venv/installed
+
+.venv/installed: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+demo: install
+	$(BIN)/vlfast demo
+
+test: install
+	$(BIN)/python -m pytest
+
+test-all: install
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+bench: install
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+# What only a GPU can tell: parity of the CUDA kernels, then their benchmarks.
+gpu: install
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest benchmarks --benchmark-only -k cuda
+
+lint: install
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+
+format: install
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+	$(BIN)/clang-format -i $(NATIVE)
+
+clean:
+	rm -rf build dist *.egg-info .venv/installed

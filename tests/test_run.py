@@ -1,0 +1,159 @@
+"""The Python face: fit, load, predict, save."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import vlfast
+from tests.conftest import COLOURS, squares_dataset
+from vlfast.errors import VlfastError
+
+
+@pytest.fixture(scope="module")
+def run(tiny_clip, tmp_path_factory):
+    return vlfast.fit(
+        "coop",
+        model=tiny_clip,
+        data=squares_dataset(),
+        output=tmp_path_factory.mktemp("runs") / "coop",
+        shots=4,
+        epochs=2,
+        n_ctx=3,
+        lr=0.1,
+        show_progress=False,
+    )
+
+
+@pytest.fixture
+def image_files(tmp_path):
+    paths = []
+    for name, colour in list(COLOURS.items())[:3]:
+        paths.append(tmp_path / f"{name}.png")
+        Image.new("RGB", (50, 40), colour).save(paths[-1])
+    return paths
+
+
+def test_loaded_run_answers_alike(run, tiny_clip, image_files):
+    loaded = vlfast.load(run.folder.path, clip=tiny_clip)
+    assert loaded.classnames == run.classnames == tuple(COLOURS)
+    assert loaded.predict(image_files) == run.predict(image_files)
+    assert loaded.evaluate(squares_dataset()) == run.result["accuracy"]
+
+
+def test_predictions_are_probabilities_in_order(run, image_files):
+    for found in run.predict(image_files, top_k=5):
+        assert set(found.classnames) == set(COLOURS)
+        assert sum(found.probabilities) == pytest.approx(1.0, abs=1e-5)
+        assert list(found.probabilities) == sorted(found.probabilities, reverse=True)
+
+
+def test_one_image_a_path_or_a_picture(run, image_files):
+    by_path = run.predict(image_files[0])
+    by_name = run.predict(str(image_files[0]))
+    by_picture = run.predict(Image.open(image_files[0]))
+    assert by_path == by_name == by_picture and len(by_path) == 1
+    assert run.predict([]) == []
+
+
+def test_other_class_names_can_be_asked_for(run, image_files):
+    (found,) = run.predict(image_files[0], classnames=["cat", "dog"], top_k=9)
+    assert set(found.classnames) == {"cat", "dog"}
+
+
+def test_bad_images_are_named(run, image_files, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*gone\.png"):
+        run.predict([image_files[0], tmp_path / "gone.png"])
+    image_files[1].write_bytes(b"\x89PNG but not really")
+    with pytest.raises(VlfastError, match=r"green\.png can't be read"):
+        run.predict(image_files)
+    with pytest.raises(ValueError, match="top_k: expected at least 1"):
+        run.predict(image_files[0], top_k=0)
+
+
+def test_saved_copy_is_a_run(run, tiny_clip, tmp_path, image_files):
+    path = run.save(tmp_path / "copy")
+    copy = vlfast.load(path, clip=tiny_clip)
+    assert copy.predict(image_files) == run.predict(image_files)
+    assert copy.result == run.result
+    with pytest.raises(VlfastError, match="holds a run already"):
+        run.save(path)
+
+
+def test_best_checkpoint_can_be_loaded(run, tiny_clip):
+    best = vlfast.load(run.folder.path, checkpoint="best", clip=tiny_clip)
+    assert best.classifier.prompts.context.shape == (3, 32)
+    with pytest.raises(ValueError, match="checkpoint: expected 'last' or 'best'"):
+        vlfast.load(run.folder.path, checkpoint="first")
+
+
+def test_what_is_no_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"is not a run's folder, it has no config\.yaml"):
+        vlfast.load(tmp_path)
+    (tmp_path / "config.yaml").write_text("- a\n- list\n")
+    with pytest.raises(VlfastError, match="does not hold a run's config"):
+        vlfast.load(tmp_path)
+    (tmp_path / "config.yaml").write_text("a: [")
+    with pytest.raises(VlfastError, match="not valid YAML"):
+        vlfast.load(tmp_path)
+
+
+def test_config_records_where_the_words_came_from(tiny_clip, tmp_path):
+    run = vlfast.fit(
+        "plpp",
+        model=tiny_clip,
+        data=squares_dataset(),
+        output=tmp_path / "run",
+        classes="base",
+        shots=4,
+        epochs=1,
+        show_progress=False,
+    )
+    assert run.folder.read_config().prompts.init == "a photo of a"
+    assert run.classnames == tuple(COLOURS)[:3]
+    assert set(run.result["accuracy"]) == {"base", "new", "harmonic_mean", "domains"}
+
+
+def test_folder_dataset_trains(tiny_clip, tmp_path):
+    """A user's own images, with CoOp's crops and flips, read by worker processes."""
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 3), ("test", 2)):
+        for name, colour in list(COLOURS.items())[:2]:
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(count):
+                noise = generator.integers(-20, 20, (40, 50, 3))
+                pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(tmp_path / part / name / f"{i}.png")
+    options = {
+        "model": tiny_clip,
+        "data": {"name": "folder", "root": str(tmp_path)},
+        "shots": 2,
+        "epochs": 2,
+        "n_ctx": 2,
+        "show_progress": False,
+    }
+    alone = vlfast.fit("coop", output=tmp_path / "alone", workers=0, **options)
+    helped = vlfast.fit("coop", output=tmp_path / "helped", workers=2, **options)
+    rows = [r.folder.read_metrics() for r in (alone, helped)]
+    assert [r["loss"] for r in rows[0]] == [r["loss"] for r in rows[1]]
+    assert "val_accuracy" not in rows[0][0] and alone.result["best_epoch"] is None
+    assert alone.result["accuracy"]["test"]["images"] == 4
+
+
+def test_corrupt_training_image_stops_with_its_name(tiny_clip, tmp_path):
+    for part in ("train", "test"):
+        for name in ("red", "blue"):
+            (tmp_path / part / name).mkdir(parents=True)
+            Image.new("RGB", (40, 40), name).save(tmp_path / part / name / "0.png")
+    (tmp_path / "train" / "red" / "0.png").write_bytes(b"broken")
+    with pytest.raises(VlfastError, match=r"red.0\.png can't be read"):
+        vlfast.fit(
+            "coop",
+            model=tiny_clip,
+            data={"name": "folder", "root": str(tmp_path)},
+            output=tmp_path / "run",
+            shots=1,
+            epochs=1,
+            n_ctx=2,
+            workers=0,
+            show_progress=False,
+        )
