@@ -78,8 +78,11 @@ def _train(argv: list[str]) -> None:
             print(yaml.safe_dump(asdict(config), sort_keys=False), end="")
             return
         run = _stoppable(train, config, str(config.output or default_output(config)))
-    print(_result_lines(run.result))
-    print(f"run: {run.folder.path}")
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        print(_result_lines(run.result))
+        print(f"run: {run.folder.path}")
 
 
 def _stoppable(start, what: Any, folder: str):

@@ -9,7 +9,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from vlfast.clip import bundled
 from vlfast.clip.bundled import BUNDLED, load_bundled
 from vlfast.data.glyphs import IMAGE_SIZE, THEMES, load_theme
-from vlfast.errors import VlfastError
+from vlfast.errors import UnknownNameError, VlfastError
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_style_words_move_the_text_features(models, tokenizer, name):
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match="name: expected one of glyphs-student.*got 'ViT-B-32'"):
+    with pytest.raises(UnknownNameError, match="unknown bundled model 'ViT-B-32'"):
         load_bundled("ViT-B-32")
 
 

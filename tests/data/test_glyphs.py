@@ -15,6 +15,7 @@ from vlfast.data.glyphs import (
     render,
     themes,
 )
+from vlfast.errors import UnknownNameError, VlfastError
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +162,7 @@ def test_render_refuses_other_shapes(masks, uniforms, named):
 
 
 def test_unknown_theme_is_named():
-    with pytest.raises(ValueError, match="theme: expected one of nature.*got 'brands'"):
+    with pytest.raises(UnknownNameError, match="unknown theme 'brands'"):
         load_theme("brands")
 
 
@@ -172,8 +173,9 @@ def test_missing_fonts_say_what_to_install(monkeypatch):
         return None if name in ("tkinter_icons_bs", "qtawesome") else found(name, *rest)
 
     monkeypatch.setattr(importlib.util, "find_spec", hidden)
-    themes.theme_classes.cache_clear()
-    with pytest.raises(FileNotFoundError, match=r'pip install "vlfast\[demo\]"'):
+    for cached in (themes.theme_classes, themes._unseen_glyphs, fonts.read_glyphs):
+        cached.cache_clear()
+    with pytest.raises(VlfastError, match=r'pip install "vlfast\[demo\]"'):
         load_theme("nature")
 
 

@@ -55,7 +55,7 @@ def pair(rows, classes, distance=0.1, dtype=F64, teacher_dtype=None):
 class TestAccuracy:
     @pytest.mark.parametrize("distance", [0.1, 1e-3, 0.0], ids=["apart", "near", "equal"])
     @pytest.mark.parametrize(
-        "shape", [(1, 1), (3, 1), (1, 3), (5, 7), (1, 513), (32, 1000), (3, 20930)], ids=str
+        "shape", [(1, 1), (3, 1), (64, 3), (64, 7), (1, 513), (32, 1000), (3, 20930)], ids=str
     )
     @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
     def test_same_dtypes(self, dtype, shape, distance):
@@ -212,11 +212,8 @@ class TestAutograd:
     def test_second_derivatives_need_the_reference(self):
         student, teacher = pair(3, 4)
         student.requires_grad_()
-        (gradient,) = torch.autograd.grad(
-            symmetric_kl_loss(student, teacher), student, create_graph=True
-        )
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            gradient.sum().backward()
+        with pytest.raises(RuntimeError, match="reference_only"):
+            torch.autograd.grad(symmetric_kl_loss(student, teacher), student, create_graph=True)
         with backends.reference_only():
             assert torch.autograd.gradgradcheck(lambda s: symmetric_kl_loss(s, teacher), student)
 
@@ -238,7 +235,7 @@ class TestInputs:
         student, teacher = pair(8, 24, dtype=F32)
         strided = [
             torch.stack([student, student], 2)[..., 0],
-            torch.stack([teacher, teacher], 0).permute(1, 2, 0)[..., 1],
+            teacher.T.contiguous().T,
         ]
         assert not any(x.is_contiguous() for x in strided)
         scale = torch.tensor(5.0)
@@ -371,15 +368,20 @@ class TestInPyTorch:
                 reduction=reduction,
             )
 
-        compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic)
+        compiled = torch.compile(loss, fullgraph=True)
         for rows in (4, 6):
             student, teacher = pair(rows, 30, dtype=F32)
             results = []
             for function in (loss, compiled):
                 leaf = student.clone().requires_grad_()
+                if dynamic:
+                    torch._dynamo.mark_dynamic(leaf, 0)
+                    torch._dynamo.mark_dynamic(teacher, 0)
                 scale = torch.tensor(20.0, requires_grad=True)
                 output = function(leaf, teacher, scale)
-                results.append([output.detach(), *gradients([output], [leaf, scale])])
+                upstream = normal(*output.shape, seed=3, dtype=F32)
+                output.backward(upstream)
+                results.append([output.detach(), leaf.grad, scale.grad])
             for eager, traced in zip(*results, strict=True):
                 torch.testing.assert_close(eager, traced, rtol=1e-5, atol=1e-7)
 

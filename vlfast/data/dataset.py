@@ -8,10 +8,11 @@ import random
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 ClassSubset = Literal["all", "base", "new"]
 CLASS_SUBSETS: tuple[ClassSubset, ...] = ("all", "base", "new")
@@ -35,6 +36,20 @@ class ImageSource(Protocol):
 
     def key(self, index: int) -> str:
         """A name of the image that is the same on every machine (it enters the split's hash)."""
+        ...
+
+
+@runtime_checkable
+class RendersBatches(Protocol):
+    """An ImageSource that can render many images at once.
+
+    image_size: the side of its square images, in pixels.
+    """
+
+    image_size: int
+
+    def load_batch(self, indices: Sequence[int], views: Sequence[int | None]) -> Tensor:
+        """uint8 [B, 3, image_size, image_size]: what ``load`` gives for each index and view."""
         ...
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms import InterpolationMode, v2
 
-from vlfast.data.dataset import Split
+from vlfast.data.dataset import RendersBatches, Split
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,10 @@ class Views(TorchDataset):
         self, split: Split, config: ViewConfig, *, seed: int = 0, epoch: int | None = None
     ) -> None:
         self.split = split
+        self.config = config
         self.seed = seed
         self.epoch = epoch
+        self._normalise = v2.Compose(_to_normalised(config))
         self._test = eval_transform(config)
         self._train = self._test if split.source.renders_views else train_transform(config)
 
@@ -67,11 +69,25 @@ class Views(TorchDataset):
         label = int(self.split.labels[position])
         if self.epoch is None:
             return self._test(self.split.image(position)), label
-        seed = view_seed(self.seed, self.epoch, int(self.split.indices[position]))
+        seed = self._view_seed(position)
         image = self.split.image(position, view=seed)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             return self._train(image), label
+
+    def __getitems__(self, positions: Sequence[int]) -> list[tuple[Tensor, int]]:
+        """Several at once, as the DataLoader asks for a batch. A source that renders batches in
+        the model's size gives them whole, which is some ten times faster."""
+        source = self.split.source
+        if not isinstance(source, RendersBatches) or source.image_size != self.config.size:
+            return [self[position] for position in positions]
+        views = [None if self.epoch is None else self._view_seed(p) for p in positions]
+        images = source.load_batch([int(self.split.indices[p]) for p in positions], views)
+        labels = self.split.labels[list(positions)].tolist()
+        return list(zip(self._normalise(images), labels, strict=True))
+
+    def _view_seed(self, position: int) -> int:
+        return view_seed(self.seed, self.epoch, int(self.split.indices[position]))
 
 
 def image_batch(images: Sequence, config: ViewConfig) -> Tensor:

@@ -43,9 +43,14 @@ def reference_only() -> Iterator[None]:
         _reference_only = before
 
 
+def reference_must_serve() -> bool:
+    """Whether it is asked for, or a functorch transform is at work, which needs its autograd."""
+    return _reference_only or torch._C._are_functorch_transforms_active()
+
+
 def kernel_serves(op: str, tensor: Tensor) -> bool:
     """Whether a kernel serves this op where the tensor is. Warns once where one is missing."""
-    if _reference_only or torch._C._are_functorch_transforms_active():
+    if reference_must_serve():
         return False
     reason = why_no_kernel(op, tensor.device.type, tensor.device.index)
     if reason and (op, tensor.device.type) in KERNELS and not torch.compiler.is_compiling():
@@ -53,7 +58,6 @@ def kernel_serves(op: str, tensor: Tensor) -> bool:
     return reason is None
 
 
-@torch.compiler.assume_constant_result
 def why_no_kernel(op: str, device_type: str, index: int | None = None) -> str | None:
     """Why no kernel serves this op on this device, and what to do; None where one does."""
     if (op, device_type) not in KERNELS:
@@ -66,6 +70,11 @@ def why_no_kernel(op: str, device_type: str, index: int | None = None) -> str | 
         archs = _extension.extension().build_config()["cuda_archs"]
         return why_not_compiled_for(torch.cuda.get_device_capability(index), archs)
     return None
+
+
+# A constant to torch.compile. torch.compiler.assume_constant_result sets this mark too, but imports
+# the whole compiler, which takes longer than torch itself.
+why_no_kernel._dynamo_marked_constant = True
 
 
 def why_not_compiled_for(capability: tuple[int, int], archs: str) -> str | None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import backends, checks, reference
+from . import checks, reference
+from .backends import reference_must_serve
 
 REDUCTIONS = ("none", "mean", "sum")
 # Scores over the vocabulary are held for this many rows at a time, 13 MB each at V = 49408 in fp32.
@@ -126,7 +127,7 @@ def plpp_terms(
     check_arguments(
         prompts, hidden, embedding, top_k, temperature, detach_targets, vocabulary, inverse_norms
     )
-    if backends._reference_only or torch._C._are_functorch_transforms_active():
+    if reference_must_serve():
         return reference.perplexity_terms(
             prompts,
             hidden,

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._extension import extension
 from . import checks, reference
@@ -60,8 +59,8 @@ def symmetric_kl_loss(
     finite gives NaN for itself alone. Scales on the GPU are not read by the host.
 
     A temperature or a weight that is a tensor, other devices than CPU and CUDA, and functorch
-    transforms are served by plain PyTorch. So are second derivatives, under
-    ``vlfast.ops.backends.reference_only()``.
+    transforms are served by plain PyTorch. For second derivatives compute the loss under
+    ``vlfast.ops.backends.reference_only()``; without it, create_graph=True raises RuntimeError.
 
     Raises:
         TypeError: an argument of another type or dtype.
@@ -196,15 +195,22 @@ class SymmetricKL(torch.autograd.Function):
             reverse_weight,
             True,
         )
-        ctx.save_for_backward(gradient, gradient_of_scale, student_scale)
+        ctx.save_for_backward(gradient, gradient_of_scale)
         ctx.student_dtype = student.dtype
         ctx.student_factor = student_factor
+        if student_scale is not None:
+            ctx.scale_device, ctx.scale_dtype = student_scale.device, student_scale.dtype
         return losses.sum() if reduce else losses
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, gradient_of_scale, student_scale = ctx.saved_tensors
+        # once_differentiable would be silent here: the saved gradient carries no graph of its own.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "symmetric_kl_loss: create_graph=True needs the reference; compute the loss under "
+                "vlfast.ops.backends.reference_only()"
+            )
+        gradient, gradient_of_scale = ctx.saved_tensors
         for_student = for_scale = None
         if ctx.needs_input_grad[0]:
             if not is_one(upstream):
@@ -212,7 +218,7 @@ class SymmetricKL(torch.autograd.Function):
             for_student = gradient.to(ctx.student_dtype)
         if ctx.needs_input_grad[2]:
             for_scale = (gradient_of_scale * upstream).sum() * ctx.student_factor
-            for_scale = for_scale.to(student_scale)
+            for_scale = for_scale.to(ctx.scale_device, ctx.scale_dtype)
         return for_student, None, for_scale, *[None] * 7
 
 
@@ -325,9 +331,14 @@ def as_the_kernels_take(
     student: Tensor, teacher: Tensor, index: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Both sides contiguous and in one dtype."""
-    dtype = torch.promote_types(student.dtype, teacher.dtype)
-    student, teacher = student.to(dtype).contiguous(), teacher.to(dtype).contiguous()
-    return student, teacher, None if index is None else index.contiguous()
+    if student.dtype != teacher.dtype:
+        dtype = torch.promote_types(student.dtype, teacher.dtype)
+        student, teacher = student.to(dtype), teacher.to(dtype)
+    return (
+        student.contiguous(),
+        teacher.contiguous(),
+        None if index is None else index.contiguous(),
+    )
 
 
 def empty_results(

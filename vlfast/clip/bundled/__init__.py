@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vlfast.errors import VlfastError
+from vlfast.errors import VlfastError, unknown_name
 
 if TYPE_CHECKING:
     from open_clip.model import CLIP
@@ -51,13 +51,13 @@ def load_bundled(name: str, folder: str | Path = _FOLDER) -> tuple[CLIP, Tensor]
 
     Tokens never trained have zero rows in the embedding. The tokenizer is open_clip's
     SimpleTokenizer with context length 32. folder: where NAME.json and NAME.safetensors lie.
-    Raises ValueError for an unknown name, VlfastError for a missing or damaged file.
+    Raises UnknownNameError for an unknown name, VlfastError for a missing or damaged file.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if name not in BUNDLED:
-        raise ValueError(f"name: expected one of {', '.join(BUNDLED)}, got {name!r}")
+        raise unknown_name("bundled model", name, BUNDLED)
     path = Path(folder) / f"{name}.safetensors"
     try:
         config = json.loads((Path(folder) / f"{name}.json").read_text(encoding="utf-8"))

@@ -21,6 +21,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from vlfast.errors import VlfastError
+
 MASK_SIZE = 48
 _DRAWN_SIZE = 44
 _MASK_FORMAT = 1
@@ -165,20 +167,25 @@ PRETRAINING_FONTS: tuple[Font, ...] = (
     ),
 )
 
-_DROPPED_WORDS = frozenset("simple variant alt lg ios md android ion icon o".split())
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_DROPPED_WORDS = _words("simple variant alt lg ios md android ion icon o")
 # Fluent, Google and Material Design file things under a category: weather-sunny, local-hospital.
-_CATEGORIES = frozenset("weather local vehicle food animal directions device wb outlined".split())
-_BRAND_WORDS = frozenset(
+_CATEGORIES = _words("weather local vehicle food animal directions device wb outlined")
+_BRAND_WORDS = _words(
     "logo social google microsoft apple adobe amazon aws facebook alipay wechat bing ie android "
     "office outlook onenote onedrive sharepoint xbox nintendo netflix evernote wikipedia visa "
     "taobao qq baidu zhihu douban dingding gatsby netease mastercard bluetooth ubuntu tux "
     "freebsd hangouts skype teams yammer cortana azure powershell python typescript javascript "
-    "anthropic claude openai nvidia perplexity".split()
+    "anthropic claude openai nvidia perplexity"
 )
-# names of brands that are everyday words too
-_NOT_BRANDS = frozenset(
+# Names of brands that are everyday words too.
+_NOT_BRANDS = _words(
     "line usb hive mix glide fly rev medium octopus unity swift less pix shoelace threads mint "
-    "square box bots signal safari stack ideal empire rebel superpowers optin resolving".split()
+    "square box bots signal safari stack ideal empire rebel superpowers optin resolving"
 )
 
 
@@ -189,7 +196,7 @@ def _package_folder(font: Font) -> Path:
         spec = None
     if spec is None or not spec.submodule_search_locations:
         extra = "demo" if font in UNSEEN_FONTS else "pretrain"
-        raise FileNotFoundError(
+        raise VlfastError(
             f"the icon font {font.family} is not installed (package {font.distribution}): "
             f'pip install "vlfast[{extra}]"'
         )
@@ -199,7 +206,7 @@ def _package_folder(font: Font) -> Path:
 def _file(font: Font, pattern: str) -> Path:
     found = sorted(_package_folder(font).glob(pattern))
     if not found:
-        raise FileNotFoundError(
+        raise VlfastError(
             f"{font.distribution} {installed_version(font)} has no file {pattern}: expected the "
             f'version that pip install "vlfast[demo]" gives'
         )
@@ -242,7 +249,8 @@ def _split_style(font: Font, name: str) -> tuple[str, str]:
 
 
 def human_words(drawing: str) -> tuple[str, ...]:
-    """``shopping-cart-2`` as ("shopping", "cart"): no digits, no words that only number variants."""
+    """``shopping-cart-2`` as ("shopping", "cart"): without digits, categories such as "weather",
+    and words that only tell variants apart."""
     words = [re.sub(r"\d+$", "", word) for word in drawing.split("-")]
     words = [word for word in words if word and word not in _DROPPED_WORDS]
     return tuple(words[1:] if len(words) > 1 and words[0] in _CATEGORIES else words)
@@ -251,7 +259,7 @@ def human_words(drawing: str) -> tuple[str, ...]:
 @lru_cache(maxsize=4)
 def read_glyphs(fonts: tuple[Font, ...]) -> tuple[Glyph, ...]:
     """Every glyph of these fonts once (several names of a glyph: the first in their order), without
-    brand logos and names that hold no word. Raises FileNotFoundError if a package is missing,
+    brand logos and names that hold no word. Raises VlfastError if a package is missing,
     saying what to install."""
     glyphs: list[Glyph] = []
     for font in fonts:
@@ -266,8 +274,7 @@ def read_glyphs(fonts: tuple[Font, ...]) -> tuple[Glyph, ...]:
             if (
                 codepoint in seen
                 or (drawing, style) in drawn
-                or not any(len(word) > 1 for word in words)
-                and words != ("x",)
+                or (words != ("x",) and not any(len(word) > 1 for word in words))
                 or _is_brand(drawing, words)
             ):
                 continue
@@ -329,7 +336,7 @@ def load_masks(
     The file's name holds a hash of the glyphs, the versions of their packages and the format, so
     other fonts never meet an old cache; one that can't be read is drawn again.
     """
-    versions = sorted({(g.font.distribution, installed_version(g.font)) for g in glyphs})
+    versions = sorted((f.distribution, installed_version(f)) for f in {g.font for g in glyphs})
     content = json.dumps([_MASK_FORMAT, versions, [[g.key, g.codepoint] for g in glyphs]])
     digest = hashlib.sha256(content.encode()).hexdigest()[:16]
     folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()

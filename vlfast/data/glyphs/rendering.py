@@ -29,6 +29,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "brown": (122, 78, 46),
 }
 COLOUR_NAMES = tuple(COLOURS)
+_BLACK_ON_WHITE = (0, 1)
 _LEAST_CONTRAST = 0.3
 _SEGMENTS = 3
 _NOISE_BANK = 16
@@ -81,13 +82,15 @@ class Appearance:
 def appearance_of(uniforms: Tensor, strength: float = 1.0) -> Appearance:
     """What these uniform numbers, float [B, NUM_UNIFORMS] in [0, 1), mean in words."""
     pairs = _PAIRS[(uniforms[:, 0] * len(_PAIRS)).long()]
+    plain = uniforms[:, 39] >= strength
+    pairs = torch.where(plain[:, None], torch.tensor(_BLACK_ON_WHITE), pairs)
     return Appearance(
         glyph_colour=pairs[:, 0],
         ground_colour=pairs[:, 1],
-        degrees=(2 * uniforms[:, 1] - 1) * 20 * strength,
-        scale=1.02 - uniforms[:, 2] * 0.42 * strength,
-        blur=_sometimes(uniforms[:, 3], 0.6) * strength,
-        noise=0.02 + 0.09 * uniforms[:, 4].square() * strength,
+        degrees=(2 * uniforms[:, 1] - 1) * 14 * strength,
+        scale=1.02 - uniforms[:, 2] * 0.3 * strength,
+        blur=_sometimes(uniforms[:, 3], 0.5) * 0.8 * strength,
+        noise=0.02 + 0.07 * uniforms[:, 4].square() * strength,
     )
 
 
@@ -99,9 +102,9 @@ def _sometimes(uniform: Tensor, probability: float) -> Tensor:
 def _pose(masks: Tensor, u: Tensor, look: Appearance, strength: float) -> Tensor:
     """Masks rotated, scaled, sheared and shifted: float [B, 1, 48, 48] in [0, 1]."""
     angle = torch.deg2rad(look.degrees)
-    shear = (2 * u[:, 5] - 1) * 0.2 * strength
-    aspect = torch.exp((2 * u[:, 6] - 1) * 0.15 * strength)
-    shift = (2 * u[:, 7:9] - 1) * 0.22 * strength
+    shear = (2 * u[:, 5] - 1) * 0.14 * strength
+    aspect = torch.exp((2 * u[:, 6] - 1) * 0.1 * strength)
+    shift = (2 * u[:, 7:9] - 1) * 0.15 * strength
     cos, sin = torch.cos(angle) / look.scale, torch.sin(angle) / look.scale
     rows = torch.stack(
         [
@@ -130,8 +133,9 @@ def render(masks: Tensor, uniforms: Tensor, *, strength: float = 1.0) -> Tensor:
     """Pictures of glyphs, uint8 [B, 3, 48, 48].
 
     masks: uint8 [B, 48, 48]. uniforms: float32 [B, NUM_UNIFORMS] in [0, 1); equal rows give equal
-    pictures. strength: 0 draws centred, clean glyphs in plain colours, 1 is what the benchmark
-    uses. Raises ValueError for other shapes.
+    pictures. strength, in [0, 1]: 0 draws clean glyphs, black on white, 1 is what the benchmark
+    uses; between them the share of coloured pictures and every disturbance grow. Raises
+    ValueError for other shapes.
     """
     if masks.ndim != 3 or masks.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE):
         raise ValueError(f"masks: expected [B, {IMAGE_SIZE}, {IMAGE_SIZE}], got {[*masks.shape]}")
@@ -155,15 +159,15 @@ def render(masks: Tensor, uniforms: Tensor, *, strength: float = 1.0) -> Tensor:
     slope = (torch.cos(turn) * x + torch.sin(turn) * y) * column(u[:, 16]) * 0.25 * strength
     picture = ground[:, :, None, None] + slope
 
-    stray = _segments(u[:, 17:29], x, y) * (column(_sometimes(u[:, 29], 0.7)) * 0.8 * strength)
+    stray = _segments(u[:, 17:29], x, y) * (column(_sometimes(u[:, 29], 0.6)) * 0.65 * strength)
     stray = stray.amax(1, keepdim=True)
     picture = torch.lerp(picture, ink[:, :, None, None].expand_as(picture), stray)
 
-    opacity = column(1 - 0.6 * u[:, 30] * strength)
+    opacity = column(1 - 0.5 * u[:, 30] * strength)
     picture = torch.lerp(picture, ink[:, :, None, None].expand_as(picture), glyph * opacity)
 
     # An occluder: a box in a colour of its own, in front of at most a fifth of the picture.
-    half = column(_sometimes(u[:, 31], 0.45)) * 0.45 * strength
+    half = column(_sometimes(u[:, 31], 0.4)) * 0.4 * strength
     inside = ((x - column(1.6 * u[:, 32] - 0.8)).abs() < half) & (
         (y - column(1.6 * u[:, 33] - 0.8)).abs() < half * column(0.6 + 0.4 * u[:, 34])
     )
