@@ -5,7 +5,7 @@ SOURCES := setup.py MANIFEST.in pyproject.toml $(shell find csrc tools -name '*.
 CODE := setup.py vlfast tests benchmarks tools
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
-.PHONY: install demo test test-all bench gpu lint format clean
+.PHONY: install rebuild demo test test-all bench gpu lint format clean
 
 install: .venv/installed
 
@@ -14,6 +14,11 @@ install: .venv/installed
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
+
+# After installing a compiler or nvcc, or to change VLFAST_CUDA_ARCHS.
+rebuild:
+	rm -f .venv/installed
+	$(MAKE) install
 
 demo: install
 	$(BIN)/vlfast demo

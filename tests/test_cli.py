@@ -57,6 +57,10 @@ def test_print_config_is_the_resolved_config(capsys):
 def test_config_file_and_options_over_it(capsys, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("recipe: {name: coop, epochs: 7, lr: 0.1}\nprompts: {n_ctx: 2}\n")
+    short = tmp_path / "short.yaml"
+    short.write_text("recipe: plpp\ndata: glyphs/places\n")
+    _, out, _ = run(capsys, "train", "--config", short, "--print_config")
+    assert yaml.safe_load(out)["recipe"]["name"] == "plpp"
     _, out, _ = run(
         capsys, "train", "--config", file, "--recipe.epochs", 9, "--add", "perplexity",
         "--print_config",
@@ -93,6 +97,8 @@ def test_objectives_with_options(capsys):
         (["train", "--config", "missing.yaml"], "missing.yaml"),
         (["train", "--resume", "nowhere"], "not a run's folder"),
         (["train", "--resume", "x", "--seed", "2"], "no other options (seed)"),
+        (["train", "--config", __file__], "is not valid YAML"),
+        (["evaluate"], "the following arguments are required: run; see `vlfast evaluate --help`"),
         (["evaluate", "nowhere"], "nowhere is not a run's folder"),
         (["predict", "nowhere", "x.png"], "nowhere is not a run's folder"),
     ],
@@ -198,7 +204,7 @@ def test_ctrl_c_says_how_to_go_on(capsys, tmp_path, monkeypatch):
 
     monkeypatch.setattr(fit, "_train_epoch", interrupted)
     code, _, err = run(capsys, *GLYPHS)
-    folder = "runs/glyphs-tools/coop-base-4shots-seed1"
+    folder = "runs/glyphs-tools/glyphs-student/coop-base-4shots-seed1"
     assert code == 130
     assert f"stopped after 1 finished epochs; go on with `vlfast train --resume {folder}`" in err
     monkeypatch.undo()

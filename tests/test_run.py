@@ -60,12 +60,25 @@ def test_other_class_names_can_be_asked_for(run, image_files):
     assert set(found.classnames) == {"cat", "dog"}
 
 
+def test_one_name_is_no_list_of_names(run, image_files):
+    with pytest.raises(TypeError, match="classnames: expected a sequence of names, got 'cat'"):
+        run.predict(image_files[0], classnames="cat")
+
+
+def test_many_images_go_through_in_batches(run, image_files, monkeypatch):
+    monkeypatch.setattr(vlfast.run, "TEST_BATCH", 2)
+    assert len(run.predict(image_files * 3)) == 9
+    assert run.predict(image_files) == [run.predict(path)[0] for path in image_files]
+
+
 def test_bad_images_are_named(run, image_files, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no file .*gone\.png"):
         run.predict([image_files[0], tmp_path / "gone.png"])
     image_files[1].write_bytes(b"\x89PNG but not really")
     with pytest.raises(VlfastError, match=r"green\.png can't be read"):
         run.predict(image_files)
+    with pytest.raises(TypeError, match="images: expected paths or PIL images, got ndarray"):
+        run.predict([np.zeros((4, 4, 3))])
     with pytest.raises(ValueError, match="top_k: expected at least 1"):
         run.predict(image_files[0], top_k=0)
 
@@ -84,6 +97,50 @@ def test_best_checkpoint_can_be_loaded(run, tiny_clip):
     assert best.classifier.prompts.context.shape == (3, 32)
     with pytest.raises(ValueError, match="checkpoint: expected 'last' or 'best'"):
         vlfast.load(run.folder.path, checkpoint="first")
+
+
+def test_a_run_on_your_own_model_and_data_says_what_it_needs(run, tiny_model, tmp_path):
+    with pytest.raises(VlfastError, match=r"unknown model 'tiny'.*pass clip="):
+        vlfast.load(run.folder.path)
+    other = vlfast.wrap_clip(tiny_model, name="other")
+    with pytest.raises(VlfastError, match=r"trained on tiny .*, got other"):
+        vlfast.load(run.folder.path, clip=other)
+    loaded = vlfast.load(run.folder.path, clip=run.classifier.clip)
+    with pytest.raises(VlfastError, match=r"unknown dataset 'squares'.*evaluate\(data\)"):
+        loaded.evaluate()
+
+
+def test_another_dataset_is_tested_with_all_its_classes(tiny_clip, tmp_path):
+    from dataclasses import replace
+
+    run = vlfast.fit(
+        "coop",
+        model=tiny_clip,
+        data=squares_dataset(),
+        output=tmp_path / "run",
+        classes="base",
+        shots=2,
+        epochs=1,
+        show_progress=False,
+    )
+    other = replace(squares_dataset(), name="other squares")
+    assert set(run.evaluate(other)) == {"test", "domains"}
+    assert set(run.evaluate(squares_dataset())) == {"base", "new", "harmonic_mean", "domains"}
+
+
+def test_template_of_learned_prompts_is_warned_of(tiny_clip, tmp_path):
+    with pytest.warns(UserWarning, match="'a drawing of {}.' changes nothing"):
+        vlfast.fit(
+            "coop",
+            model=tiny_clip,
+            data=squares_dataset(),
+            output=tmp_path / "run",
+            template="a drawing of {}.",
+            shots=2,
+            epochs=1,
+            n_ctx=2,
+            show_progress=False,
+        )
 
 
 def test_what_is_no_run(tmp_path):
@@ -139,13 +196,14 @@ def test_folder_dataset_trains(tiny_clip, tmp_path):
     assert alone.result["accuracy"]["test"]["images"] == 4
 
 
-def test_corrupt_training_image_stops_with_its_name(tiny_clip, tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_corrupt_training_image_stops_with_its_name(tiny_clip, tmp_path, workers):
     for part in ("train", "test"):
         for name in ("red", "blue"):
             (tmp_path / part / name).mkdir(parents=True)
             Image.new("RGB", (40, 40), name).save(tmp_path / part / name / "0.png")
     (tmp_path / "train" / "red" / "0.png").write_bytes(b"broken")
-    with pytest.raises(VlfastError, match=r"red.0\.png can't be read"):
+    with pytest.raises(VlfastError, match=r"^image: \S*red.0\.png can't be read.*$"):
         vlfast.fit(
             "coop",
             model=tiny_clip,
@@ -154,6 +212,6 @@ def test_corrupt_training_image_stops_with_its_name(tiny_clip, tmp_path):
             shots=1,
             epochs=1,
             n_ctx=2,
-            workers=0,
+            workers=workers,
             show_progress=False,
         )

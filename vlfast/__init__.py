@@ -13,14 +13,17 @@ if TYPE_CHECKING:
     from vlfast.clip.text_tower import TextTower
     from vlfast.data.catalog import load_dataset
     from vlfast.data.dataset import Dataset, Split
-    from vlfast.run import Run, fit, load, resume
+    from vlfast.errors import VlfastError
+    from vlfast.run import Prediction, Run, fit, load, resume
 
 __all__ = [
     "ClipModel",
     "Dataset",
+    "Prediction",
     "Run",
     "Split",
     "TextTower",
+    "VlfastError",
     "__version__",
     "fit",
     "gated_mixture_loss",
@@ -43,6 +46,8 @@ _LAZY = {
     "load_dataset": "vlfast.data.catalog",
     "Dataset": "vlfast.data.dataset",
     "Split": "vlfast.data.dataset",
+    "VlfastError": "vlfast.errors",
+    "Prediction": "vlfast.run",
     "Run": "vlfast.run",
     "fit": "vlfast.run",
     "load": "vlfast.run",

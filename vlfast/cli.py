@@ -7,11 +7,18 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from vlfast.errors import VlfastError
+import yaml
+
+from vlfast.errors import VlfastError, unknown_name
 from vlfast.version import __version__
+
+if TYPE_CHECKING:
+    from vlfast.run import Run
 
 COMMANDS = {
     "train": "train a recipe and test it",
@@ -39,8 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, rest = argv[0], argv[1:]
     try:
         if command not in COMMANDS:
-            from vlfast.errors import unknown_name
-
             raise unknown_name("command", command, COMMANDS)
         globals()[f"_{command}"](rest)
     except KeyboardInterrupt:
@@ -62,19 +67,15 @@ def _train(argv: list[str]) -> None:
     from vlfast.run import default_output, resume, train
     from vlfast.trainers.recipes import resolve_config
 
-    options = _train_parser(argv)
+    options = _train_options(argv)
     if options["resume"]:
-        if options["config"]:
-            given = ", ".join(sorted(options["config"]))
-            raise VlfastError(f"--resume: a run goes on as it began, so no other options ({given})")
+        if options["given"]:
+            names = ", ".join(sorted(options["given"]))
+            raise VlfastError(f"--resume: a run goes on as it began, so no other options ({names})")
         run = _stoppable(resume, options["resume"], options["resume"])
     else:
-        config = resolve_config(options["config"])
+        config = resolve_config(options["given"])
         if options["print_config"]:
-            from dataclasses import asdict
-
-            import yaml
-
             print(yaml.safe_dump(asdict(config), sort_keys=False), end="")
             return
         run = _stoppable(train, config, str(config.output or default_output(config)))
@@ -85,30 +86,36 @@ def _train(argv: list[str]) -> None:
         print(f"run: {run.folder.path}")
 
 
-def _stoppable(start, what: Any, folder: str):
+def _stoppable(start: Callable[[Any], Run], what: Any, folder: str) -> Run:
     """Run ``start(what)``; Ctrl-C says how to go on."""
     try:
         return start(what)
     except KeyboardInterrupt:
         from vlfast.trainers.run_folder import RunFolder
 
-        rows = RunFolder(folder).read_metrics()
-        done = rows[-1]["epoch"] if rows else 0
-        print(
-            f"\nvlfast: stopped after {done} finished epochs; go on with "
-            f"`vlfast train --resume {folder}`",
-            file=sys.stderr,
-        )
+        started = RunFolder(folder)
+        if started.started:
+            rows = started.read_metrics()
+            done = rows[-1]["epoch"] if rows else 0
+            print(
+                f"\nvlfast: stopped after {done} finished epochs; go on with "
+                f"`vlfast train --resume {folder}`",
+                file=sys.stderr,
+            )
+        else:
+            print("\nvlfast: stopped, nothing was trained yet", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 
-def _train_parser(argv: list[str]) -> dict[str, Any]:
-    """The options of `vlfast train`: {"config": nested options as given, "resume", ...}."""
-    import yaml
-
-    from vlfast.trainers.config import SHORTHAND, config_parser, one_line
+def _train_options(argv: list[str]) -> dict[str, Any]:
+    """{"given": nested options from the YAML files and the command line, "resume": a folder or
+    None, "print_config": bool}."""
+    from vlfast.trainers.config import SHORTHAND, config_parser, merge_options, one_line
 
     parser = config_parser("vlfast train", COMMANDS["train"])
+    parser.add_argument(
+        "--config", action="append", metavar="FILE", help="a YAML file with these options"
+    )
     parser.add_argument(
         "--objective", help="replaces the labels: a kind, or {kind: ..., weight: ...}"
     )
@@ -128,14 +135,30 @@ def _train_parser(argv: list[str]) -> dict[str, Any]:
         given = parser.parse_args(_long_form(argv, SHORTHAND), defaults=False).as_dict()
     except argparse.ArgumentError as error:
         raise VlfastError(_suggest(one_line(error), parser)) from error
-    own = {"resume": given.pop("resume", None), "print_config": given.pop("print_config", False)}
-    given.pop("config", None)
+    options = {key: given.pop(key, None) for key in ("config", "resume", "print_config")}
     for key in ("objective", "add"):
         if key in given:
             values = given[key] if isinstance(given[key], list) else [given[key]]
             parsed = [yaml.safe_load(v) if isinstance(v, str) else v for v in values]
             given[key] = parsed if key == "add" else parsed[0]
-    return {"config": given, **own}
+    for file in reversed(options.pop("config") or []):
+        given = merge_options(_read_yaml(file), given)
+    return {"given": given, **options}
+
+
+def _read_yaml(file: str) -> dict[str, Any]:
+    from vlfast.trainers.config import expand_shorthand
+
+    path = Path(file)
+    if not path.is_file():
+        raise FileNotFoundError(f"--config: there is no file {path}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise VlfastError(f"--config: {path} is not valid YAML: {_one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise VlfastError(f"--config: expected options by name in {path}, got {values!r}")
+    return expand_shorthand(values)
 
 
 def _long_form(argv: list[str], shorthand: dict[str, str]) -> list[str]:
@@ -151,8 +174,6 @@ def _long_form(argv: list[str], shorthand: dict[str, str]) -> list[str]:
 
 def _suggest(message: str, parser: argparse.ArgumentParser) -> str:
     """Add the nearest option to a message about one that is not known."""
-    from vlfast.errors import unknown_name
-
     prefix = "unrecognized arguments: "
     if not message.startswith(prefix):
         return message
@@ -161,10 +182,18 @@ def _suggest(message: str, parser: argparse.ArgumentParser) -> str:
     return str(unknown_name("option", word, known))
 
 
+class _Parser(argparse.ArgumentParser):
+    """Raises its errors, so that they come out as one line like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise VlfastError(f"{message}; see `{self.prog} --help`")
+
+
 def _evaluate(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("vlfast evaluate", description=COMMANDS["evaluate"])
+    parser = _Parser("vlfast evaluate", description=COMMANDS["evaluate"])
     parser.add_argument("run", help="the run's folder")
     parser.add_argument("--data", help="another dataset with the run's prompts")
+    parser.add_argument("--data.root", dest="root", help="the folder of its images")
     parser.add_argument("--checkpoint", choices=("last", "best"), default="last")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -172,7 +201,7 @@ def _evaluate(argv: list[str]) -> None:
     from vlfast.run import load
 
     run = load(options.run, checkpoint=options.checkpoint, device=options.device)
-    accuracy = run.evaluate(options.data)
+    accuracy = run.evaluate(options.data, root=options.root)
     if options.json:
         print(json.dumps(accuracy, indent=2))
     else:
@@ -180,7 +209,7 @@ def _evaluate(argv: list[str]) -> None:
 
 
 def _predict(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("vlfast predict", description=COMMANDS["predict"])
+    parser = _Parser("vlfast predict", description=COMMANDS["predict"])
     parser.add_argument("run", help="the run's folder")
     parser.add_argument("images", nargs="+", help="image files")
     parser.add_argument("--classnames", help="choose among these, separated by commas")
@@ -203,7 +232,7 @@ def _predict(argv: list[str]) -> None:
 
 
 def _demo(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("vlfast demo", description=COMMANDS["demo"])
+    parser = _Parser("vlfast demo", description=COMMANDS["demo"])
     parser.add_argument("--theme", default="tools", help="which icons")
     parser.add_argument("--output", default="runs/demo", help="where runs and pictures go")
     parser.add_argument("--epochs", type=int, help="instead of the recipes' own")
@@ -215,7 +244,7 @@ def _demo(argv: list[str]) -> None:
 
 
 def _recipes(argv: list[str]) -> None:
-    argparse.ArgumentParser("vlfast recipes", description=COMMANDS["recipes"]).parse_args(argv)
+    _Parser("vlfast recipes", description=COMMANDS["recipes"]).parse_args(argv)
     from rich.console import Console
     from rich.table import Table
 
@@ -228,7 +257,7 @@ def _recipes(argv: list[str]) -> None:
 
 
 def _doctor(argv: list[str]) -> None:
-    argparse.ArgumentParser("vlfast doctor", description=COMMANDS["doctor"]).parse_args(argv)
+    _Parser("vlfast doctor", description=COMMANDS["doctor"]).parse_args(argv)
     from vlfast.doctor import print_report
 
     print_report()
@@ -260,8 +289,9 @@ def _print_usage() -> None:
 
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    expected = (VlfastError, ValueError, TypeError, OSError)
-    return text if isinstance(error, expected) else f"{type(error).__name__}: {text}"
+    if isinstance(error, (VlfastError, ValueError, TypeError, OSError)):
+        return text
+    return f"{type(error).__name__}: {text} (--debug shows where it came from)"
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from vlfast.data.dataset import Dataset
 from vlfast.evaluation.plots import Example, Guess, plot_predictions, plot_training
 from vlfast.evaluation.tables import base_new_cells, text_table
 from vlfast.run import Run, train
+from vlfast.trainers.device import resolve_device
 from vlfast.trainers.recipes import resolve_config
 
 METHODS = {"zeroshot": "zero-shot", "coop": "CoOp", "plpp": "CoOp+PLPP"}
@@ -29,7 +30,7 @@ def run_demo(theme: str, output: str | Path, *, epochs: int | None = None, seed:
     """
     output = Path(output)
     dataset = load_dataset(f"glyphs/{theme}")
-    clip = load_clip(MODEL)
+    clip = load_clip(MODEL, device=resolve_device("auto"))
     base = dataset.restrict("base")
     print(
         f"{dataset.name}: {dataset.num_classes} classes, {base.num_classes} of them base; "

@@ -82,12 +82,13 @@ def _advice() -> list[str]:
     native = extension()
     if native is None:
         advice.append(
-            "The ops run on plain PyTorch: install a C++ compiler (g++) and reinstall vlfast."
+            "The ops run on plain PyTorch: install a C++ compiler (g++), then `make rebuild` or "
+            "`pip install --force-reinstall --no-deps .` in the source folder."
         )
     elif torch.cuda.is_available() and not native.build_config()["has_cuda"]:
         advice.append(
             "There is a GPU, but the extension has no CUDA kernels: install the CUDA toolkit "
-            "(nvcc) and reinstall vlfast."
+            "(nvcc), then `make rebuild`."
         )
     if not torch.cuda.is_available() and shutil.which("nvidia-smi"):
         advice.append(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import platform
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -19,14 +21,15 @@ from vlfast.data.catalog import load_dataset
 from vlfast.data.dataset import Dataset
 from vlfast.data.folder import open_image
 from vlfast.data.views import image_batch
-from vlfast.errors import VlfastError
+from vlfast.errors import UnknownNameError, VlfastError
 from vlfast.evaluation.protocols import evaluate_dataset
 from vlfast.objectives import build_objectives
 from vlfast.ops.backends import reference_only
-from vlfast.prompts import build_prompts
-from vlfast.trainers.classifier import PromptedClassifier, view_config
+from vlfast.prompts import HardPrompt, Prompts, build_prompts
+from vlfast.trainers.classifier import TEST_BATCH, PromptedClassifier, view_config
 from vlfast.trainers.config import Config, expand_shorthand, nest_options
-from vlfast.trainers.fit import fit_prompts, make_accelerator
+from vlfast.trainers.device import make_accelerator, resolve_device
+from vlfast.trainers.fit import fit_prompts
 from vlfast.trainers.recipes import resolve_config
 from vlfast.trainers.run_folder import CHECKPOINTS, RunFolder, load_learnable
 from vlfast.version import __version__
@@ -67,25 +70,26 @@ class Run:
     def result(self) -> dict[str, Any]:
         return self.folder.read_result()
 
-    def evaluate(self, data: Dataset | str | None = None) -> dict[str, Any]:
-        """Test it: on its own dataset, or on ``data`` (a Dataset or a name).
+    def evaluate(
+        self, data: Dataset | str | None = None, *, root: str | None = None
+    ) -> dict[str, Any]:
+        """Test it: on its own dataset, or on ``data`` (a Dataset, or a name with its ``root``).
 
-        A run trained on base classes is tested base-to-new. Percentages; see
+        On its own dataset a run trained on base classes is tested base-to-new; on another, with all
+        classes (cross-dataset). Percentages; see
         ``vlfast.evaluation.protocols.evaluate_dataset`` for the form.
         """
-        if isinstance(data, Dataset):
-            dataset = data
-        elif data is not None:
-            dataset = load_dataset(data, self.config.data.root)
+        classifier, config = self.classifier, self.config.data
+        if data is None:
+            if self._dataset is None:
+                self._dataset = _load_recorded_dataset(self.config)
+            dataset = self._dataset
         else:
-            dataset = self._dataset or load_dataset(self.config.data.name, self.config.data.root)
-            self._dataset = dataset
-        classifier = self.classifier
-        if data is not None and self.config.data.template is None:
-            classifier = replace_template(classifier, dataset.template)
-        return evaluate_dataset(
-            classifier, dataset, self.config.data.classes, self.config.data.workers
-        )
+            dataset = data if isinstance(data, Dataset) else load_dataset(data, root or config.root)
+            if dataset.name != config.name and config.template is None:
+                classifier = replace_template(classifier, dataset.template)
+        classes = config.classes if dataset.name == config.name else "all"
+        return evaluate_dataset(classifier, dataset, classes, config.workers)
 
     def predict(
         self,
@@ -101,22 +105,29 @@ class Run:
         """
         if isinstance(images, (str, Path, Image.Image)):
             images = [images]
+        for image in images:
+            if not isinstance(image, (str, Path, Image.Image)):
+                raise TypeError(f"images: expected paths or PIL images, got {type(image).__name__}")
         if top_k < 1:
             raise ValueError(f"top_k: expected at least 1, got {top_k}")
-        opened = [i if isinstance(i, Image.Image) else open_image(i) for i in images]
-        if not opened:
-            return []
         classifier = self.classifier
         if classnames is not None:
             classifier = classifier.for_classes(classnames)
-        clip = classifier.clip
-        batch = image_batch(opened, view_config(clip)).to(clip.device)
-        probabilities = classifier.predict(clip.encode_images(batch)).softmax(dim=1)
-        best = probabilities.topk(min(top_k, len(classifier.classnames)), dim=1)
-        return [
-            Prediction(tuple(classifier.classnames[i] for i in indices), tuple(values))
-            for indices, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        ]
+        clip, names = classifier.clip, classifier.classnames
+        predictions: list[Prediction] = []
+        for start in range(0, len(images), TEST_BATCH):
+            opened = [
+                image if isinstance(image, Image.Image) else open_image(image)
+                for image in images[start : start + TEST_BATCH]
+            ]
+            batch = image_batch(opened, view_config(clip)).to(clip.device)
+            probabilities = classifier.predict(clip.encode_images(batch)).softmax(dim=1)
+            best = probabilities.topk(min(top_k, len(names)), dim=1)
+            predictions += [
+                Prediction(tuple(names[i] for i in indices), tuple(values))
+                for indices, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            ]
+        return predictions
 
     def save(self, path: str | Path) -> Path:
         """Copy what ``vlfast.load`` needs (config, checkpoints, result) to another folder."""
@@ -175,30 +186,51 @@ def train(
     show_progress: bool = True,
 ) -> Run:
     """Train and test what a full Config says; ``fit`` and the command line end here."""
-    accelerator = make_accelerator(config)
+    config = copy.deepcopy(config)
+    config.output = str(config.output or default_output(config))
+    folder = RunFolder(config.output)
+    if not resume:
+        folder.check_free()
+    device = resolve_device(config.model.device)
+    if clip is not None:
+        if config.model.device != "auto" and clip.device.type != device.type:
+            raise VlfastError(
+                f"model.device: {config.model.device} asked for, but the given model is on "
+                f"{clip.device}"
+            )
+        device = clip.device
+    accelerator = make_accelerator(device, config.model.precision)
     if clip is None:
-        clip = load_clip(config.model.name, config.model.pretrained, device=accelerator.device)
+        clip = _load_recorded_clip(config, accelerator.device)
     if dataset is None:
-        dataset = load_dataset(config.data.name, config.data.root)
+        dataset = _load_recorded_dataset(config)
     if config.data.template is not None:
         dataset = replace(dataset, template=config.data.template)
+        if config.prompts.kind != HardPrompt.kind:
+            warnings.warn(
+                f"data.template: {config.prompts.kind} prompts have a learned context instead of "
+                f"a template, so {config.data.template!r} changes nothing",
+                stacklevel=2,
+            )
     if config.prompts.init == "auto":
         config.prompts.init = dataset.context_init
 
     drawn = dataset
-    if config.data.shots:
+    if config.data.shots and config.recipe.epochs:
         drawn = drawn.few_shot(config.data.shots, config.seed)
+    fingerprint = drawn.fingerprint()
     drawn = drawn.restrict(config.data.classes)
 
     torch.manual_seed(config.seed)
     prompts = _build_prompts(config, clip, drawn.num_classes)
     classifier = PromptedClassifier(clip, prompts, drawn.classnames, dataset.template)
-    _check_fits(classifier)
+    vectors = prompts.context_vectors()
+    config.prompts.n_ctx = None if vectors is None else vectors.shape[-2]
+    classifier.tokens.check_fits(config.prompts.n_ctx or 0, clip.text_tower.context_length)
     objectives = build_objectives(config.objectives)
     for objective in objectives:
         objective.check(clip, prompts)
 
-    folder = RunFolder(config.output or default_output(config))
     if not resume and accelerator.is_main_process:
         folder.start(config)
     accelerator.wait_for_everyone()
@@ -225,7 +257,7 @@ def train(
                 "train_seconds": round(fitted.seconds, 3),
                 "data": {
                     "name": dataset.name,
-                    "fingerprint": drawn.fingerprint(),
+                    "fingerprint": fingerprint,
                     "classes": drawn.num_classes,
                     "images": {name: len(split) for name, split in drawn.splits().items()},
                 },
@@ -239,14 +271,23 @@ def train(
     return run
 
 
-def resume(path: str | Path, *, show_progress: bool = True) -> Run:
-    """Go on with a run after its last finished epoch; a finished run is only loaded."""
+def resume(
+    path: str | Path,
+    *,
+    clip: ClipModel | None = None,
+    dataset: Dataset | None = None,
+    show_progress: bool = True,
+) -> Run:
+    """Go on with a run after its last finished epoch; a finished run is only loaded.
+
+    clip, dataset: those of a run that was trained on your own.
+    """
     folder = RunFolder(path)
     config = folder.read_config()
     config.output = str(path)
     if folder.finished:
-        return load(path)
-    return train(config, resume=True, show_progress=show_progress)
+        return load(path, clip=clip)
+    return train(config, resume=True, clip=clip, dataset=dataset, show_progress=show_progress)
 
 
 def load(
@@ -268,9 +309,12 @@ def load(
     config = folder.read_config()
     tensors, about = folder.read_tensors(checkpoint)
     if clip is None:
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        clip = load_clip(config.model.name, config.model.pretrained, device=device)
+        clip = _load_recorded_clip(config, resolve_device(device))
+    elif (clip.name, clip.pretrained) != (config.model.name, config.model.pretrained):
+        raise VlfastError(
+            f"clip: this run was trained on {config.model.name} ({config.model.pretrained}), "
+            f"got {clip.name} ({clip.pretrained})"
+        )
     prompts = _build_prompts(config, clip, len(about["classnames"]))
     load_learnable(prompts, tensors, folder.path / f"{checkpoint}.safetensors")
     classifier = PromptedClassifier(clip, prompts, about["classnames"], about["template"])
@@ -283,29 +327,52 @@ def replace_template(classifier: PromptedClassifier, template: str) -> PromptedC
 
 
 def default_output(config: Config) -> Path:
-    """runs/DATA/RECIPE-CLASSES-SHOTSshots-seedN."""
+    """runs/DATA/MODEL/RECIPE-CLASSES-SHOTSshots-seedN; prompts and objectives that are not the
+    recipe's own stand beside its name."""
+    own = resolve_config({"recipe": config.recipe.name, "data": asdict(config.data)})
+    parts = [config.recipe.name]
+    if config.prompts.kind != own.prompts.kind:
+        parts.append(config.prompts.kind)
+    kinds = [objective["kind"] for objective in config.objectives]
+    if kinds != [objective["kind"] for objective in own.objectives]:
+        parts.append("+".join(kinds))
     shots = f"{config.data.shots}shots" if config.data.shots else "allshots"
-    name = f"{config.recipe.name}-{config.data.classes}-{shots}-seed{config.seed}"
-    return Path("runs") / config.data.name.replace("/", "-") / name
+    parts += [config.data.classes, shots, f"seed{config.seed}"]
+    model = Path(config.model.name).stem
+    return Path("runs") / config.data.name.replace("/", "-") / model / "-".join(parts)
 
 
-def _build_prompts(config: Config, clip: ClipModel, num_classes: int):
+def _load_recorded_clip(config: Config, device: torch.device) -> ClipModel:
+    try:
+        return load_clip(config.model.name, config.model.pretrained, device=device)
+    except UnknownNameError as error:
+        raise UnknownNameError(f"{error}; if the model was built in Python, pass clip=") from error
+
+
+def _load_recorded_dataset(config: Config) -> Dataset:
+    try:
+        return load_dataset(config.data.name, config.data.root)
+    except UnknownNameError as error:
+        raise UnknownNameError(
+            f"{error}; if the dataset was built in Python, pass it: evaluate(data), "
+            "resume(path, dataset=data)"
+        ) from error
+
+
+def _build_prompts(config: Config, clip: ClipModel, num_classes: int) -> Prompts:
     options = asdict(config.prompts)
     return build_prompts(options.pop("kind"), clip, num_classes=num_classes, **options).to(
         clip.device
     )
 
 
-def _check_fits(classifier: PromptedClassifier) -> None:
-    vectors = classifier.prompts.context_vectors()
-    n_ctx = 0 if vectors is None else vectors.shape[-2]
-    classifier.tokens.check_fits(n_ctx, classifier.clip.text_tower.context_length)
-
-
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _versions() -> dict[str, str]:

@@ -146,6 +146,16 @@ def test_wrapping_freezes_and_normalises(tiny_model):
     assert clip.logit_scale.shape == ()
 
 
+def test_half_precision_models_take_the_same_images(tiny_model):
+    import copy
+
+    clip = wrap_clip(copy.deepcopy(tiny_model).to(torch.bfloat16))
+    images = torch.rand(3, 3, 32, 32)
+    ours, theirs = clip.encode_images(images), wrap_clip(tiny_model).encode_images(images)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs, atol=0.05, rtol=0)
+
+
 def test_another_vocabulary_is_refused():
     model = open_clip.model.CLIP(
         embed_dim=32,

@@ -61,6 +61,15 @@ def test_few_shot_draws_as_dassl_does():
     assert len(drawn.test) == len(labels)
 
 
+def test_a_class_with_exactly_as_many_images_still_draws():
+    """Dassl samples at equality too, so later classes see the generator where Dassl has it."""
+    labels = [0] * 3 + [1] * 6
+    drawn = dataset(labels, classes=2).few_shot(3, seed=5)
+    generator = random.Random(5)
+    first = generator.sample([0, 1, 2], 3)
+    assert drawn.train.indices.tolist() == first + generator.sample([3, 4, 5, 6, 7, 8], 3)
+
+
 def test_validation_takes_at_most_four():
     drawn = dataset([0, 1] * 20, classes=2).few_shot(16, seed=1)
     assert np.bincount(drawn.train.labels).tolist() == [16, 16]
@@ -104,6 +113,9 @@ def test_fingerprint_follows_images_labels_and_names():
     ("changes", "match"),
     [
         ({"template": "a photo."}, r"template: expected exactly one \{\}"),
+        ({"classnames": ("a", "b", "a", "d", "e")}, "expected different names, got 'a' twice"),
+        ({"classnames": ()}, "classnames: expected at least one"),
+        ({"domains": {"test": None}}, "domains: test can't be a domain's name"),
         ({"classnames": ("a", "b")}, r"train: labels run from 0 to 4, expected 0 to 1"),
     ],
 )

@@ -32,6 +32,19 @@ def test_classes_are_sorted_folders(root):
     assert data.train.image(0).mode == "RGB"
 
 
+def test_hidden_files_and_folders_are_not_data(root):
+    write_image(root / "train" / ".cache" / "0.png")
+    write_image(root / "train" / "cat" / ".hidden.png")
+    assert load_folder(root).classnames == ("cat", "school bus")
+    assert len(load_folder(root).train) == 6
+
+
+def test_names_that_differ_by_underscores_only(root):
+    write_image(root / "train" / "school bus" / "0.png")
+    with pytest.raises(ValueError, match="expected different names, got 'school bus' twice"):
+        load_folder(root)
+
+
 def test_val_is_used_where_it_is(root):
     write_image(root / "val" / "cat" / "0.jpg")
     assert load_folder(root).val.labels.tolist() == [0]

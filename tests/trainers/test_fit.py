@@ -96,6 +96,33 @@ def test_resume_is_bit_exact(tiny_clip, tmp_path, monkeypatch, after):
     assert without_time[0] == without_time[1]
 
 
+@pytest.mark.parametrize("write", ["append_metrics", "write_tensors"])
+def test_killed_while_writing_then_resumed(tiny_clip, tmp_path, monkeypatch, write):
+    """Between the files of one epoch, too, nothing is lost."""
+    whole = fit(tiny_clip, tmp_path / "whole", lr=0.1)
+    calls = []
+    original = getattr(RunFolder, write)
+
+    def killed(self, *args):
+        calls.append(args)
+        epochs = [a for a in calls if write == "append_metrics" or a[0] == "state"]
+        if len(epochs) == 2:
+            raise Killed
+        return original(self, *args)
+
+    monkeypatch.setattr(RunFolder, write, killed)
+    with pytest.raises(Killed):
+        fit(tiny_clip, tmp_path / "parts", lr=0.1)
+    monkeypatch.undo()
+    resumed = vlfast.resume(
+        tmp_path / "parts", clip=tiny_clip, dataset=squares_dataset(), show_progress=False
+    )
+    assert [row["epoch"] for row in resumed.folder.read_metrics()] == [1, 2, 3, 4]
+    assert resumed.folder.read_tensors("best")[1] == whole.folder.read_tensors("best")[1]
+    ours, theirs = (r.folder.read_tensors("last")[0]["context"] for r in (resumed, whole))
+    assert torch.equal(ours, theirs)
+
+
 def kill_in_epoch(monkeypatch, epoch):
     step = fit_module._train_epoch
 
@@ -136,9 +163,19 @@ def test_a_half_written_row_of_metrics_is_dropped(tiny_clip, tmp_path):
 
 
 def test_non_finite_loss_names_the_term(tiny_clip, tmp_path):
-    with pytest.raises(NonFiniteLossError, match=r"labels.* became nan in epoch \d+, step \d+.*lr"):
+    with pytest.raises(
+        NonFiniteLossError, match=r"labels.* became nan in epoch \d+, by step \d+.*lr"
+    ):
         fit(tiny_clip, tmp_path / "run", "coop", lr=1e38, epochs=6)
     assert RunFolder(tmp_path / "run").read_tensors("last")[0]["context"].isfinite().all()
+
+
+def test_a_last_step_that_diverges_is_not_saved(tiny_clip, tmp_path):
+    """The loss before the update is finite; what the update made is not."""
+    options = {"epochs": 1, "batch_size": 40, "warmup_epochs": 0, "lr": 1e38}
+    with pytest.raises(NonFiniteLossError, match="prompts became infinite or NaN in epoch 1"):
+        fit(tiny_clip, tmp_path / "run", "coop", **options)
+    assert not (tmp_path / "run" / "last.safetensors").exists()
 
 
 def test_reference_gives_the_same_losses(tiny_clip, tmp_path):
@@ -185,15 +222,26 @@ def test_bf16_trains(tiny_clip, tmp_path):
     ("options", "error", "match"),
     [
         ({"precision": "fp16"}, VlfastError, "fp16 needs a GPU"),
-        ({"model_device": "tpu"}, VlfastError, "model.device: expected"),
+        ({"device": "tpu"}, VlfastError, "device: expected"),
+        ({"device": "cuda:9"}, VlfastError, "device: cuda:9 asked for, but torch finds"),
+        ({"add": {"kind": "labels", "weight": float("nan")}}, VlfastError, "each kind once"),
+        (
+            {"objectives": [{"kind": "perplexity", "temperature": 0.0}]},
+            VlfastError,
+            "temperature: expected above 0",
+        ),
+        (
+            {"objectives": [{"kind": "perplexity", "inverse_weight": -1.0}]},
+            VlfastError,
+            "inverse_weight: expected at least 0",
+        ),
+        ({"objectives": [{"kind": "labels", "weight": float("inf")}]}, VlfastError, "weight"),
         ({"n_ctx": 40}, ValueError, "n_ctx: 40 context tokens and the class 'dark grey' need"),
         ({"shots": 100}, ValueError, "shots: 100 images a class asked for"),
         ({"prompts": {"kind": "hard"}, "epochs": 3}, ValueError, "'hard' prompts have none"),
     ],
 )
 def test_what_is_refused_leaves_no_run(tiny_clip, tmp_path, options, error, match):
-    if "model_device" in options:
-        options = {"device": options["model_device"]}
     with pytest.raises(error, match=match):
         fit(tiny_clip, tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
@@ -209,7 +257,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tiny_clip, tmp_path):
     with pytest.raises(VlfastError, match="holds a finished run"):
         fit(tiny_clip, tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()
-    with pytest.raises(VlfastError, match="holds an unfinished run.*--resume"):
+    with pytest.raises(VlfastError, match="holds an unfinished run; go on with it"):
         fit(tiny_clip, tmp_path / "run")
 
 
@@ -263,4 +311,39 @@ def test_sampler_is_a_permutation_of_seed_and_epoch():
 
 def test_default_output_tells_runs_apart():
     config = resolve_config({"recipe": "plpp", "data": {"classes": "base", "shots": 4}, "seed": 2})
-    assert str(vlfast.run.default_output(config)) == "runs/glyphs-tools/plpp-base-4shots-seed2"
+    folder = "runs/glyphs-tools/glyphs-student"
+    assert str(vlfast.run.default_output(config)) == f"{folder}/plpp-base-4shots-seed2"
+    added = resolve_config({"recipe": "coop", "add": "perplexity", "prompts": "class_specific"})
+    name = "coop-class_specific-labels+perplexity-all-16shots-seed1"
+    assert str(vlfast.run.default_output(added)) == f"{folder}/{name}"
+
+
+@pytest.mark.parametrize("recipe", ["coop", "zeroshot"])
+def test_no_training_images(tiny_clip, tmp_path, recipe):
+    """Zero-shot needs none; what learns says that there are none."""
+    data = squares_dataset(train=0)
+    options = {"model": tiny_clip, "data": data, "show_progress": False}
+    if recipe == "zeroshot":
+        run = vlfast.fit("zeroshot", output=tmp_path / "run", **options)
+        assert run.result["epochs"] == 0
+        return
+    with pytest.raises(VlfastError, match="squares has no training images"):
+        vlfast.fit("coop", output=tmp_path / "run", shots=0, n_ctx=2, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_trains_on_a_gpu(tmp_path, precision):
+    options = {"data": squares_dataset(), "model": {"name": "glyphs-student", "device": "cuda"}}
+    run = vlfast.fit("plpp", output=tmp_path / "run", precision=precision, **SHORT, **options)
+    assert run.classifier.prompts.context.device.type == "cuda"
+    again = vlfast.load(tmp_path / "run", device="cpu")
+    assert again.evaluate(squares_dataset())["test"]["images"] == 40
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_model_on_the_cpu_keeps_the_run_there(tiny_clip, tmp_path):
+    run = fit(tiny_clip, tmp_path / "run")
+    assert run.classifier.prompts.context.device.type == "cpu"

@@ -68,6 +68,11 @@ def test_added_objective_makes_coop_into_plpp():
     assert heavier.objectives[1]["weight"] == 0.5
 
 
+def test_objectives_by_name():
+    config = resolve_config({"objectives": ["labels", {"kind": "perplexity"}]})
+    assert config.objectives == resolve_config({"recipe": "plpp"}).objectives
+
+
 def test_objective_replaces_the_labels():
     config = resolve_config({"recipe": "coop", "objective": {"kind": "perplexity", "weight": 1.0}})
     assert [o["kind"] for o in config.objectives] == ["perplexity"]
@@ -95,8 +100,8 @@ def test_flat_options_find_their_section():
         "seed": 2,
         "data": {"name": "folder", "shots": 1},
     }
-    with pytest.raises(VlfastError, match="template: expected it inside its section"):
-        nest_options({"template": "a {}."})
+    with pytest.raises(VlfastError, match="name: expected it inside its section"):
+        nest_options({"name": "coop"})
 
 
 @pytest.mark.parametrize(
@@ -115,6 +120,11 @@ def test_flat_options_find_their_section():
         ({"data": 3}, VlfastError, "data: expected options of DataConfig, got 3"),
         ({"recipe": {"epochs": -1}}, VlfastError, "recipe.epochs: expected at least 0, got -1"),
         ({"recipe": {"lr": 0.0}}, VlfastError, "recipe.lr: expected a positive number"),
+        ({"recipe": {"lr": float("nan")}}, VlfastError, "recipe.lr: expected a positive number"),
+        ({"recipe": {"momentum": -0.1}}, VlfastError, "recipe.momentum: expected at least 0"),
+        ({"recipe": {"clip_grad_norm": 0.0}}, VlfastError, "recipe.clip_grad_norm: expected a pos"),
+        ({"data": {"workers": -1}}, VlfastError, "data.workers: expected at least 0"),
+        ({"objectives": ["labels", 3]}, VlfastError, "expected a kind or .* got 3"),
         ({"data": {"shots": -2}}, VlfastError, "data.shots: expected at least 0"),
         ({"recipe": "plpp", "add": "perplexity"}, VlfastError, "each kind once"),
         ({"add": "teacher"}, UnknownNameError, "unknown objective 'teacher'"),

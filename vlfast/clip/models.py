@@ -58,7 +58,10 @@ class ClipModel:
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """Normalised features [B, D] of preprocessed images [B, 3, S, S], without autograd."""
-        return functional.normalize(self.model.encode_image(images).float(), dim=-1)
+        # Half-precision checkpoints keep fp32 in their layer norms: the matrices tell.
+        weights = next(p for p in self.model.visual.parameters() if p.ndim > 1)
+        features = self.model.encode_image(images.to(weights.dtype))
+        return functional.normalize(features.float(), dim=-1)
 
     def unknown_words(self, text: str) -> list[str]:
         """The tokens of ``text``, as words, whose embeddings were never trained."""

@@ -224,7 +224,7 @@ class TextTower:
                     f"position: {position!r} needs the name directly after {{ctx}} in the "
                     f"template, got {tokens.template!r}"
                 )
-            if bool((tokens.name_lengths < 0).any()):
+            if not tokens.separable:
                 raise ValueError(
                     f"position: {position!r} needs a space or punctuation after {{name}}, "
                     f"got {tokens.template!r}"

@@ -25,15 +25,16 @@ class Tokenizer(Protocol):
 class PromptTokens:
     """What follows the context, one run a class.
 
-    names: class names in label order. template: as given to ``tokenize_names``.
-    suffix: int64 [C, S], the tokens after the context up to and including EOT, padded with 0.
-    lengths: int64 [C], how many of them count. between: how many tokens at the front of every run
-    stand between the context and the name ("of a" in IVLP and MaPLe). name_lengths: int64 [C],
-    tokens of the name itself, -1 where the template glues it to other letters. sot: the id of the
-    first token. has_context: whether the template names a context.
+    template: as given to ``tokenize_names``. suffix: int64 [C, S], the tokens after the context up
+    to and including EOT, padded with 0. lengths: int64 [C], how many of them count.
+    name_lengths: int64 [C], tokens of the name itself. between: how many tokens at the front of
+    every run stand between the context and the name ("of a" in IVLP and MaPLe). sot: the id of
+    the first token. has_context: whether the template names a context. separable: whether every
+    name ends where a token ends (not in "{name}s"). longest: the class name with the most tokens,
+    and how many its run has. What the tower asks at every step is kept as Python values, since
+    reading it from a GPU would stall it.
     """
 
-    names: tuple[str, ...]
     template: str
     suffix: Tensor
     lengths: Tensor
@@ -41,16 +42,17 @@ class PromptTokens:
     between: int
     sot: int
     has_context: bool
+    separable: bool
+    longest: tuple[str, int]
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.suffix)
 
     def select(self, index: Tensor) -> PromptTokens:
         """The classes at ``index`` (int64 [K]), in that order."""
         index = index.to(self.suffix.device)
         return replace(
             self,
-            names=tuple(self.names[i] for i in index.tolist()),
             suffix=self.suffix[index],
             lengths=self.lengths[index],
             name_lengths=self.name_lengths[index],
@@ -67,13 +69,13 @@ class PromptTokens:
 
     def check_fits(self, n_ctx: int, context_length: int) -> None:
         """Raise ValueError, naming the longest class, if SOS + n_ctx + its tokens do not fit."""
-        longest = int(self.lengths.argmax())
-        needed = 1 + n_ctx + int(self.lengths[longest])
-        if needed > context_length:
+        name, length = self.longest
+        if 1 + n_ctx + length > context_length:
+            most = context_length - 1 - length
+            hint = f"the most that fits is n_ctx={most}" if most >= 0 else "shorten the name"
             raise ValueError(
-                f"n_ctx: {n_ctx} context tokens and the class {self.names[longest]!r} need "
-                f"{needed} tokens, but the text tower has {context_length}; the most that fits "
-                f"is n_ctx={context_length - 1 - int(self.lengths[longest])}"
+                f"n_ctx: {n_ctx} context tokens and the class {name!r} need {1 + n_ctx + length} "
+                f"tokens, but the text tower has {context_length}; {hint}"
             )
 
 
@@ -99,21 +101,20 @@ def tokenize_names(tokenizer: Tokenizer, names: Sequence[str], template: str) ->
     before, after = words.split("{name}")
     between = tokenizer.encode(before.strip()) if before.strip() else []
 
-    runs, name_lengths = [], []
+    runs, name_lengths, separable = [], [], True
     for name in names:
         clean = name.replace("_", " ").strip()
         if not clean:
             raise ValueError(f"names: an empty class name at position {len(runs)}")
         runs.append([*tokenizer.encode(f"{before}{clean}{after}".strip()), tokenizer.eot_token_id])
         name_ids = tokenizer.encode(clean)
-        separable = runs[-1][len(between) : len(between) + len(name_ids)] == name_ids
-        name_lengths.append(len(name_ids) if separable else -1)
+        name_lengths.append(len(name_ids))
+        separable &= runs[-1][len(between) : len(between) + len(name_ids)] == name_ids
 
     suffix = torch.zeros(len(runs), max(map(len, runs)), dtype=torch.int64)
     for row, run in zip(suffix, runs, strict=True):
         row[: len(run)] = torch.tensor(run)
     return PromptTokens(
-        names=tuple(names),
         template=template,
         suffix=suffix,
         lengths=torch.tensor([len(run) for run in runs]),
@@ -121,4 +122,6 @@ def tokenize_names(tokenizer: Tokenizer, names: Sequence[str], template: str) ->
         between=len(between),
         sot=tokenizer.sot_token_id,
         has_context=has_context,
+        separable=separable,
+        longest=max(zip(names, map(len, runs), strict=True), key=lambda pair: pair[1]),
     )

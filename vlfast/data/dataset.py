@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, runtime_checkable
@@ -111,6 +112,12 @@ class Dataset:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classnames", tuple(self.classnames))
+        if not self.classnames:
+            raise ValueError("classnames: expected at least one, got none")
+        if twice := [name for name, count in Counter(self.classnames).items() if count > 1]:
+            raise ValueError(f"classnames: expected different names, got {twice[0]!r} twice")
+        if reserved := {"train", "val", "test"} & set(self.domains):
+            raise ValueError(f"domains: {', '.join(sorted(reserved))} can't be a domain's name")
         if self.template.count("{}") != 1:
             raise ValueError(f"template: expected exactly one {{}}, got {self.template!r}")
         for name, split in self.splits().items():
@@ -197,5 +204,5 @@ def _sample_per_class(split: Split, count: int, generator: random.Random) -> Spl
         positions_of.setdefault(label, []).append(position)
     chosen: list[int] = []
     for positions in positions_of.values():
-        chosen += positions if len(positions) <= count else generator.sample(positions, count)
+        chosen += positions if len(positions) < count else generator.sample(positions, count)
     return split.at(chosen)

@@ -56,7 +56,7 @@ def load_folder(root: str | Path) -> Dataset:
     for part in ("train", "test"):
         if not (root / part).is_dir():
             raise VlfastError(f"data.root: expected a folder {root / part} with one folder a class")
-    classes = sorted(entry.name for entry in (root / "train").iterdir() if entry.is_dir())
+    classes = sorted(_class_folders(root / "train"))
     if not classes:
         raise VlfastError(f"data.root: {root / 'train'} has no class folders")
 
@@ -67,8 +67,7 @@ def load_folder(root: str | Path) -> Dataset:
         labels: list[int] = []
         folder = root / part
         if folder.is_dir():
-            extra = {entry.name for entry in folder.iterdir() if entry.is_dir()} - set(classes)
-            if extra:
+            if extra := _class_folders(folder) - set(classes):
                 raise VlfastError(
                     f"data.root: {folder} has classes that train lacks: {', '.join(sorted(extra))}"
                 )
@@ -76,18 +75,28 @@ def load_folder(root: str | Path) -> Dataset:
                 found = sorted(
                     path.relative_to(root).as_posix()
                     for path in (folder / name).rglob("*")
-                    if path.suffix.lower() in IMAGE_SUFFIXES
+                    if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
                 )
                 names += found
                 labels += [label] * len(found)
         splits[part] = (np.arange(first, len(names)), np.array(labels, dtype=np.int64))
 
+    for part in ("train", "test"):
+        if not len(splits[part][0]):
+            raise VlfastError(f"data.root: no images under {root / part}")
     source = FileImages(root, names)
-    if not len(splits["train"][0]):
-        raise VlfastError(f"data.root: no images under {root / 'train'}")
     return Dataset(
         name="folder",
         classnames=tuple(name.replace("_", " ") for name in classes),
         template="a photo of a {}.",
         **{part: Split(source, *found) for part, found in splits.items()},
     )
+
+
+def _class_folders(folder: Path) -> set[str]:
+    """Names of the folders in a folder; those that begin with a dot are tools' own."""
+    return {
+        entry.name
+        for entry in folder.iterdir()
+        if entry.is_dir() and not entry.name.startswith(".")
+    }

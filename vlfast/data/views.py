@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms import InterpolationMode, v2
 
 from vlfast.data.dataset import RendersBatches, Split
+from vlfast.errors import VlfastError
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,19 @@ class Views(TorchDataset):
 
     def _view_seed(self, position: int) -> int:
         return view_seed(self.seed, self.epoch, int(self.split.indices[position]))
+
+
+@contextmanager
+def worker_errors() -> Iterator[None]:
+    """Around a DataLoader's loop: an error about an image in a worker process is raised as the
+    worker raised it, without the worker's trace for a message."""
+    try:
+        yield
+    except (VlfastError, FileNotFoundError) as error:
+        lines = str(error).strip().splitlines()
+        if len(lines) < 2:
+            raise
+        raise type(error)(lines[-1].partition(": ")[2]) from error
 
 
 def image_batch(images: Sequence, config: ViewConfig) -> Tensor:

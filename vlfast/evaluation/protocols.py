@@ -5,17 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from vlfast.data.dataset import ClassSubset, Dataset, Split
-from vlfast.evaluation.metrics import Score, harmonic_mean, score
+import torch
+
+from vlfast.data.dataset import ClassSubset, Dataset
+from vlfast.evaluation.metrics import harmonic_mean, score
 from vlfast.trainers.classifier import PromptedClassifier, encode_split
-
-
-def evaluate_split(
-    classifier: PromptedClassifier, split: Split, workers: int | None = None
-) -> Score:
-    """Accuracy and macro-F1 on one split, whose labels index the classifier's class names."""
-    features, labels = encode_split(classifier.clip, split, workers=workers)
-    return score(classifier.predict(features), labels)
 
 
 def evaluate_dataset(
@@ -31,17 +25,20 @@ def evaluate_dataset(
     each half is a closed label set. Prompts that know only the classes they were learned for
     (class_specific) get no new half. A score is {accuracy, macro_f1, images}, in percent.
     """
-    halves = {part: dataset.restrict(part) for part in _parts(classifier, dataset, classes)}
     tests = {"": "test", **{name: name for name in dataset.domains}}
-    results = {}
-    for domain, split_name in tests.items():
-        scores = {}
-        for part, half in halves.items():
+    scores: dict[str, dict[str, Any]] = {domain: {} for domain in tests}
+    for part in _parts(classifier, dataset, classes):
+        half = dataset.restrict(part)
+        named = classifier.for_classes(half.classnames)
+        with torch.no_grad():
+            class_features = named.encode_text().features
+        for domain, split_name in tests.items():
             split = half.splits()[split_name]
             if len(split):
-                named = classifier.for_classes(half.classnames)
-                scores[part] = asdict(evaluate_split(named, split, workers))
-        results[domain] = _arrange(scores, classes)
+                features, labels = encode_split(classifier.clip, split, workers=workers)
+                found = score(named.logits(features, class_features), labels)
+                scores[domain][part] = asdict(found)
+    results = {domain: _arrange(of_parts, classes) for domain, of_parts in scores.items()}
     main = results.pop("")
     return {**main, "domains": results} if results else main
 
@@ -51,7 +48,7 @@ def _parts(
 ) -> list[ClassSubset]:
     if classes != "base":
         return [classes]
-    bound = classifier.prompts.kind == "class_specific" or dataset.num_classes < 2
+    bound = classifier.prompts.class_bound or dataset.num_classes < 2
     return ["base"] if bound else ["base", "new"]
 
 

@@ -21,6 +21,8 @@ def complete(spec: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises UnknownNameError for an unknown kind or option, VlfastError for a value of another type.
     """
+    if not isinstance(spec, Mapping):
+        raise VlfastError(f"objectives: expected a kind or {{kind, weight, ...}}, got {spec!r}")
     if "kind" not in spec:
         raise VlfastError(f"objectives: expected an entry with a kind, got {dict(spec)}")
     kind = spec["kind"]

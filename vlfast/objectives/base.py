@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from vlfast.clip.models import ClipModel
 from vlfast.clip.text_tower import TextOutput
+from vlfast.errors import VlfastError
 from vlfast.prompts.base import Prompts
 
 
@@ -35,6 +37,8 @@ class Objective(nn.Module):
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
+        if not math.isfinite(weight):
+            raise VlfastError(f"objectives: {self.kind} weight: expected a number, got {weight}")
         self.weight = weight
 
     def forward(self, step: Step) -> dict[str, Tensor]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from vlfast.clip.models import ClipModel
+from vlfast.errors import VlfastError
 from vlfast.objectives.base import Objective, Step
 from vlfast.ops import plpp_terms
 from vlfast.prompts.base import Prompts
@@ -35,6 +38,14 @@ class Perplexity(Objective):
         detach_targets: bool = True,
     ) -> None:
         super().__init__(weight)
+        if not 0 < temperature < math.inf:
+            raise VlfastError(
+                f"objectives: perplexity temperature: expected above 0, got {temperature}"
+            )
+        if not 0 <= inverse_weight < math.inf:
+            raise VlfastError(
+                f"objectives: perplexity inverse_weight: expected at least 0, got {inverse_weight}"
+            )
         self.top_k = top_k
         self.temperature = temperature
         self.inverse_weight = inverse_weight

@@ -118,7 +118,7 @@ def _check_scalar(name: str, value: Any, expected: str, *, zero_allowed: bool) -
     else:
         raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
     in_range = number >= 0 if zero_allowed else number > 0
-    if not (math.isfinite(number) and in_range):
+    if not (in_range and number < math.inf):
         raise ValueError(f"{name}: expected {expected}, got {number}")
 
 

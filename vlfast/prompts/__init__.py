@@ -9,6 +9,8 @@ from vlfast.prompts.base import Prompts
 from vlfast.prompts.context import ClassContext, SharedContext
 from vlfast.prompts.hard import HardPrompt
 
+__all__ = ["KINDS", "ClassContext", "HardPrompt", "Prompts", "SharedContext", "build_prompts"]
+
 KINDS: dict[str, type[Prompts]] = {p.kind: p for p in (HardPrompt, SharedContext, ClassContext)}
 
 
@@ -20,12 +22,11 @@ def build_prompts(
     n_ctx: int | None = 16,
     init: str | None = None,
     position: Position = "end",
-    template: str | None = None,
 ) -> Prompts:
     """Prompts of this kind for ``num_classes`` classes. Options that a kind has no use for are
     ignored. Raises UnknownNameError for an unknown kind, ValueError for options that do not fit."""
     if kind == HardPrompt.kind:
-        return HardPrompt(template=template)
+        return HardPrompt()
     if kind == SharedContext.kind:
         return SharedContext(clip, n_ctx=n_ctx, init=init, position=position)
     if kind == ClassContext.kind:

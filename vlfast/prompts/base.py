@@ -12,12 +12,13 @@ from vlfast.clip.tokens import PromptTokens
 class Prompts(nn.Module):
     """Where learnable tokens live, and how class features come of them.
 
-    Subclasses set ``kind`` and ``learns`` (for `vlfast recipes`), hold their learnable tensors as
-    fp32 parameters, and implement ``encode``. They keep no reference to the CLIP.
+    Subclasses set ``kind``, hold their learnable tensors as fp32 parameters, and implement
+    ``encode``. They keep no reference to the CLIP. ``class_bound`` says that they know only the
+    classes they were made for.
     """
 
     kind: str
-    learns: str
+    class_bound = False
 
     def tokenize(self, clip: ClipModel, classnames: tuple[str, ...], template: str) -> PromptTokens:
         """Lay out class names; ``template`` is the dataset's own, with ``{}`` for the name."""

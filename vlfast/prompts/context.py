@@ -45,7 +45,6 @@ class SharedContext(Prompts):
     """
 
     kind = "shared"
-    learns = "n_ctx context vectors shared by all classes"
 
     def __init__(
         self,
@@ -75,7 +74,7 @@ class ClassContext(Prompts):
     """
 
     kind = "class_specific"
-    learns = "n_ctx context vectors for each class"
+    class_bound = True
 
     def __init__(
         self,
@@ -93,21 +92,14 @@ class ClassContext(Prompts):
                 f"the words {init!r}",
                 stacklevel=2,
             )
-            start = initial_context(clip, n_ctx, init).expand(num_classes, -1, -1).clone()
-        else:
-            start = initial_context(clip, n_ctx, None)
-            start = torch.randn(num_classes, *start.shape) * INIT_STD
         self.position: Position = position
-        self.context = nn.Parameter(start)
+        self.context = nn.Parameter(
+            torch.stack([initial_context(clip, n_ctx, init) for _ in range(num_classes)])
+        )
 
     def encode(
         self, clip: ClipModel, tokens: PromptTokens, index: Tensor | None = None
     ) -> TextOutput:
-        if len(tokens) != len(self.context):
-            raise ValueError(
-                f"class_specific: these contexts were learned for {len(self.context)} classes, "
-                f"got {len(tokens)}; they can't name new classes"
-            )
         return clip.text_tower(
             self.context, tokens, per="class", position=self.position, index=index
         )

@@ -12,22 +12,12 @@ from vlfast.prompts.base import Prompts
 
 
 class HardPrompt(Prompts):
-    """The class names in a fixed template, which is the dataset's unless one is given.
-
-    template: with one ``{}`` for the class name.
-    """
+    """The class names in the dataset's template."""
 
     kind = "hard"
-    learns = "nothing"
-
-    def __init__(self, *, template: str | None = None) -> None:
-        super().__init__()
-        if template is not None and template.count("{}") != 1:
-            raise ValueError(f"template: expected exactly one {{}}, got {template!r}")
-        self.template = template
 
     def tokenize(self, clip: ClipModel, classnames: tuple[str, ...], template: str) -> PromptTokens:
-        return clip.text_tower.tokenize(classnames, (self.template or template).format("{name}"))
+        return clip.text_tower.tokenize(classnames, template.format("{name}"))
 
     @torch.no_grad()
     def encode(

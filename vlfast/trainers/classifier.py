@@ -14,7 +14,7 @@ from vlfast.clip.models import ClipModel
 from vlfast.clip.text_tower import TextOutput
 from vlfast.clip.words import check_vocabulary
 from vlfast.data.dataset import Split
-from vlfast.data.views import ViewConfig, Views
+from vlfast.data.views import ViewConfig, Views, worker_errors
 from vlfast.prompts import Prompts
 
 TEST_BATCH = 100  # Dassl's test batch
@@ -31,6 +31,8 @@ class PromptedClassifier:
     def __init__(
         self, clip: ClipModel, prompts: Prompts, classnames: Sequence[str], template: str
     ) -> None:
+        if isinstance(classnames, str):
+            raise TypeError(f"classnames: expected a sequence of names, got {classnames!r}")
         self.clip = clip
         self.prompts = prompts
         self.classnames = tuple(classnames)
@@ -39,7 +41,12 @@ class PromptedClassifier:
         self.tokens = prompts.tokenize(clip, self.classnames, template)
 
     def for_classes(self, classnames: Sequence[str]) -> PromptedClassifier:
-        """The same prompts with other class names."""
+        """The same prompts with other class names. ValueError for prompts bound to their own."""
+        if self.prompts.class_bound and tuple(classnames) != self.classnames:
+            raise ValueError(
+                f"classnames: {self.prompts.kind} prompts know only the {len(self.classnames)} "
+                f"classes they were learned for, got {', '.join(map(repr, classnames[:3]))}, ..."
+            )
         return PromptedClassifier(self.clip, self.prompts, classnames, self.template)
 
     def encode_text(self) -> TextOutput:
@@ -71,14 +78,13 @@ def loader_workers(split: Split, asked: int | None) -> int:
 def encode_split(
     clip: ClipModel, split: Split, *, workers: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Normalised features [N, D] of a split's test views and labels [N], on the model's device."""
+    """Normalised features [N, D] of a split's test views and labels [N], on the model's device.
+    The split has at least one image."""
     loader = DataLoader(
         Views(split, view_config(clip)),
         batch_size=TEST_BATCH,
         num_workers=loader_workers(split, workers),
     )
-    features = [clip.encode_images(images.to(clip.device)) for images, _ in loader]
-    labels = torch.from_numpy(split.labels).to(clip.device)
-    if not features:
-        return torch.empty(0, 0, device=clip.device), labels
-    return torch.cat(features), labels
+    with worker_errors():
+        features = [clip.encode_images(images.to(clip.device)) for images, _ in loader]
+    return torch.cat(features), torch.from_numpy(split.labels).to(clip.device)

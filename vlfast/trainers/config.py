@@ -42,7 +42,7 @@ class DataConfig:
         root: The folder of the images, where the dataset has one.
         shots: Training images a class; 0 takes all.
         classes: All classes, the base half or the new half.
-        template: The text around a class name, with one {}; the dataset's own by default.
+        template: The text of hard prompts, with one {}; the dataset's own by default.
         augment: Random views of the training images; False trains on the test views.
         workers: Processes that load images; by default as many as help.
     """
@@ -65,14 +65,12 @@ class PromptsConfig:
         n_ctx: Context tokens; by default as many as init has.
         init: Words to start from; "auto" takes the dataset's; nothing draws at random.
         position: Where the class name stands in the context.
-        template: The text of hard prompts, with one {}; the dataset's by default.
     """
 
     kind: str = "shared"
     n_ctx: int | None = 16
     init: str | None = None
     position: Position = "end"
-    template: str | None = None
 
 
 @dataclass
@@ -113,7 +111,7 @@ class Config:
         objectives: What they learn from: entries {kind, weight, ...}.
         recipe: How it is trained.
         seed: Of the few-shot draw, the initialisation, the order and the views.
-        output: The run's folder; by default runs/DATA/RECIPE-....
+        output: The run's folder; by default runs/DATA/MODEL/RECIPE-....
         reference: Use the plain PyTorch twin of every fused op.
     """
 
@@ -134,9 +132,9 @@ _TOP = frozenset(f.name for f in fields(Config))
 
 
 def config_parser(prog: str = "vlfast", description: str | None = None) -> ArgumentParser:
-    """The jsonargparse parser of a Config: one option a field, nested with dots, and --config FILE.
-    Its errors are raised, not printed."""
-    from jsonargparse import ActionConfigFile, ArgumentParser
+    """The jsonargparse parser of a Config: one option a field, nested with dots. Its errors are
+    raised, not printed."""
+    from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(
         prog=prog,
@@ -145,7 +143,6 @@ def config_parser(prog: str = "vlfast", description: str | None = None) -> Argum
         allow_abbrev=False,
         print_config=None,
     )
-    parser.add_argument("--config", action=ActionConfigFile, help="a YAML file with these options")
     parser.add_class_arguments(Config, None)
     return parser
 
@@ -205,6 +202,15 @@ def nest_options(options: Mapping[str, Any]) -> dict[str, Any]:
         else:
             nested[key] = value
     return nested
+
+
+def merge_options(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested options, ``above`` winning; lists are replaced whole."""
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge_options(merged[key], value) if both else value
+    return merged
 
 
 def check_options(values: Mapping[str, Any], section: type = Config, prefix: str = "") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,13 +10,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DataLoaderConfiguration
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
 from vlfast.data.dataset import Dataset
-from vlfast.data.views import Views
+from vlfast.data.views import Views, worker_errors
 from vlfast.errors import VlfastError
 from vlfast.objectives import Objective, Step
 from vlfast.trainers.classifier import (
@@ -87,31 +86,6 @@ class Fitted:
     best_epoch: int | None
 
 
-def make_accelerator(config: Config) -> Accelerator:
-    """The accelerate engine for the config's device and precision."""
-    cpu = config.model.device == "cpu" or (
-        config.model.device == "auto" and not torch.cuda.is_available()
-    )
-    if config.model.precision == "fp16" and cpu:
-        raise VlfastError("model.precision: fp16 needs a GPU; on a CPU use fp32 or bf16")
-    if config.model.device.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise VlfastError(f"model.device: {config.model.device} asked for, but there is no GPU")
-        torch.cuda.set_device(config.model.device)
-    elif config.model.device not in ("cpu", "auto"):
-        raise VlfastError(
-            f'model.device: expected "auto", "cpu", "cuda" or "cuda:N", got {config.model.device!r}'
-        )
-    # The engine's state is global: a second run in this process may want another precision.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[config.model.precision]
-    return Accelerator(
-        cpu=cpu,
-        mixed_precision=precision,
-        dataloader_config=DataLoaderConfiguration(split_batches=True),
-    )
-
-
 def fit_prompts(
     classifier: PromptedClassifier,
     objectives: list[Objective],
@@ -130,8 +104,6 @@ def fit_prompts(
     order, the views and every random draw of an epoch depend on the seed and the epoch alone, so
     a resumed run is the same, bit for bit on a CPU. Raises NonFiniteLossError naming the term.
     """
-    for objective in objectives:
-        objective.check(classifier.clip, classifier.prompts)
     recipe = config.recipe
     parameters = [p for p in classifier.prompts.parameters() if p.requires_grad]
     if recipe.epochs and not parameters:
@@ -139,11 +111,17 @@ def fit_prompts(
             f"prompts: {classifier.prompts.kind!r} prompts have nothing to learn, "
             f"but recipe.epochs is {recipe.epochs}"
         )
+    if recipe.epochs and not len(dataset.train):
+        raise VlfastError(f"data: {dataset.name} has no training images")
     state = _State(classifier, parameters, recipe.momentum, recipe.weight_decay)
     if resume:
         state.read(folder)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            folder.keep_metrics(state.epoch)
     if not recipe.epochs:
-        state.write(folder, classifier, best=False)
+        if accelerator.is_main_process:
+            state.write(folder, classifier, best=False)
         return Fitted(0, 0.0, None)
 
     views = Views(dataset.train, view_config(classifier.clip), seed=config.seed)
@@ -190,15 +168,17 @@ def fit_prompts(
             row: dict[str, Any] = {"epoch": epoch, "lr": rate, **means}
             if val is not None:
                 row["val_accuracy"] = _accuracy(classifier.predict(val[0]), val[1])
-            state.epoch = epoch
             state.seconds += time.perf_counter() - started
             row["seconds"] = round(state.seconds, 3)
             better = val is not None and row["val_accuracy"] > state.best_accuracy
             if better:
                 state.best_accuracy, state.best_epoch = row["val_accuracy"], epoch
+            _check_parameters(classifier.prompts, epoch, state.epoch, folder)
+            state.epoch = epoch
             if accelerator.is_main_process:
-                state.write(folder, classifier, best=better)
+                # The row first: resuming drops rows of epochs that have no checkpoint.
                 folder.append_metrics(row)
+                state.write(folder, classifier, best=better)
             accelerator.wait_for_everyone()
             progress.epoch_done(row)
     return Fitted(state.epoch, state.seconds, state.best_epoch or None)
@@ -218,7 +198,7 @@ def _train_epoch(
     step.train()
     sums: dict[str, Tensor] = {}
     look_every = 1 if accelerator.device.type == "cpu" else CHECK_EVERY
-    for number, (images, labels) in enumerate(loader, start=1):
+    for number, (images, labels) in enumerate(_batches(loader), start=1):
         optimizer.zero_grad()
         with accelerator.autocast():
             loss, terms = step(images, labels)
@@ -226,7 +206,7 @@ def _train_epoch(
             sums[name] = sums[name] + value if name in sums else value
         if number % look_every == 0 or number == len(loader):
             means = {name: float(value) / number for name, value in sums.items()}
-            _check_finite(means, epoch, number, folder)
+            _check_loss(means, epoch, number, folder)
             progress.step_done(number, means)
         accelerator.backward(loss)
         if clip_grad_norm is not None:
@@ -239,15 +219,30 @@ def _train_epoch(
     return means
 
 
-def _check_finite(means: dict[str, float], epoch: int, number: int, folder: RunFolder) -> None:
-    broken = [name for name, value in means.items() if value != value or abs(value) == float("inf")]
-    if not broken:
-        return
-    terms = [name for name in broken if name != "loss"] or broken
-    raise NonFiniteLossError(
-        f"loss: {' and '.join(terms)} became {means[terms[0]]} in epoch {epoch}, step {number}; "
-        f"{folder.path} holds epoch {epoch - 1}. A lower recipe.lr, recipe.clip_grad_norm, or "
-        "fp32 or bf16 instead of fp16 usually helps"
+def _batches(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    with worker_errors():
+        yield from loader
+
+
+def _check_loss(means: dict[str, float], epoch: int, number: int, folder: RunFolder) -> None:
+    broken = [name for name, value in means.items() if not math.isfinite(value)]
+    if broken:
+        terms = [name for name in broken if name != "loss"] or broken
+        what = f"{' and '.join(terms)} became {means[terms[0]]} in epoch {epoch}, by step {number}"
+        raise _diverged(what, epoch - 1, folder)
+
+
+def _check_parameters(prompts: nn.Module, epoch: int, finished: int, folder: RunFolder) -> None:
+    """The last update of an epoch shows in no loss: look before it is saved."""
+    if not all(bool(p.isfinite().all()) for p in prompts.parameters()):
+        raise _diverged(f"the prompts became infinite or NaN in epoch {epoch}", finished, folder)
+
+
+def _diverged(what: str, finished: int, folder: RunFolder) -> NonFiniteLossError:
+    kept = f"{folder.path} holds epoch {finished}" if finished else "no epoch was finished"
+    return NonFiniteLossError(
+        f"loss: {what}; {kept}. A lower recipe.lr, recipe.clip_grad_norm, or fp32 or bf16 instead "
+        "of fp16 usually helps"
     )
 
 
@@ -303,7 +298,6 @@ class _State:
         """Go back to the last finished epoch; a run killed in its first epoch begins again."""
         file = folder.path / "state.safetensors"
         if not file.is_file():
-            folder.keep_metrics(0)
             return
         tensors, about = folder.read_tensors("state")
         parts: dict[str, dict[str, Tensor]] = {"prompts": {}, "momentum": {}}
@@ -319,7 +313,6 @@ class _State:
         self.seconds = about["seconds"]
         self.best_accuracy = about["best_accuracy"]
         self.best_epoch = about["best_epoch"]
-        folder.keep_metrics(self.epoch)
 
 
 def _accuracy(logits: Tensor, labels: Tensor) -> float:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from vlfast.errors import VlfastError, unknown_name
 from vlfast.objectives import complete
-from vlfast.trainers.config import Config, DataConfig, build_config, check_options, expand_shorthand
+from vlfast.trainers.config import (
+    Config,
+    DataConfig,
+    build_config,
+    check_options,
+    expand_shorthand,
+    merge_options,
+)
 
 Overrides = dict[str, Any]
 
@@ -29,9 +37,9 @@ class Recipe:
 
 
 def coop_epochs(data: DataConfig) -> int:
-    """200 epochs for 8 or 16 shots, 100 for 2 or 4, 50 for 1, and 50 on ImageNet always
-    ([CoOp] COOP.md, few-shot learning)."""
-    if data.name == "imagenet" or data.shots == 1:
+    """200 epochs for 8 or 16 shots, 100 for 2 or 4, 50 for 1 ([CoOp] COOP.md, few-shot
+    learning)."""
+    if data.shots == 1:
         return 50
     return 100 if 2 <= data.shots <= 4 else 200
 
@@ -130,13 +138,15 @@ def resolve_config(given: Mapping[str, Any]) -> Config:
     data = build_config({"data": given.get("data", {})}).data
     filled = recipe_config(name, data, given.get("prompts", {}).get("kind"))
 
-    objectives = list(given.pop("objectives", filled["objectives"]))
+    objectives = [
+        complete(_spec(o)) for o in _listed(given.pop("objectives", filled["objectives"]))
+    ]
     if objective is not None:
-        objectives = [o for o in objectives if o.get("kind") != "labels"]
+        objectives = [o for o in objectives if o["kind"] != "labels"]
         objectives.insert(0, _spec(objective))
     if added is not None:
-        objectives += [_spec(o) for o in (added if isinstance(added, (list, tuple)) else [added])]
-    merged = _merge(filled, given)
+        objectives += [_spec(o) for o in _listed(added)]
+    merged = merge_options(filled, given)
     merged["objectives"] = [complete(spec) for spec in objectives]
     kinds = [spec["kind"] for spec in merged["objectives"]]
     if len(set(kinds)) < len(kinds):
@@ -146,19 +156,16 @@ def resolve_config(given: Mapping[str, Any]) -> Config:
     return config
 
 
-def _spec(objective: str | Mapping[str, Any]) -> dict[str, Any]:
-    return {"kind": objective} if isinstance(objective, str) else dict(objective)
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
+def _spec(objective: Any) -> Any:
+    return {"kind": objective} if isinstance(objective, str) else objective
 
 
 def _check_values(config: Config) -> None:
+    recipe, workers = config.recipe, config.data.workers
     for name, value, least in (
         ("recipe.epochs", config.recipe.epochs, 0),
         ("recipe.batch_size", config.recipe.batch_size, 1),
@@ -168,5 +175,15 @@ def _check_values(config: Config) -> None:
     ):
         if value < least:
             raise VlfastError(f"{name}: expected at least {least}, got {value}")
-    if config.recipe.lr <= 0:
-        raise VlfastError(f"recipe.lr: expected a positive number, got {config.recipe.lr}")
+    if workers is not None and workers < 0:
+        raise VlfastError(f"data.workers: expected at least 0, got {workers}")
+    for name, number, zero in (
+        ("lr", recipe.lr, False),
+        ("momentum", recipe.momentum, True),
+        ("weight_decay", recipe.weight_decay, True),
+        ("warmup_lr", recipe.warmup_lr, True),
+        ("clip_grad_norm", recipe.clip_grad_norm, False),
+    ):
+        if number is not None and not (0 < number < math.inf or (zero and number == 0)):
+            wanted = "at least 0" if zero else "a positive number"
+            raise VlfastError(f"recipe.{name}: expected {wanted}, got {number}")

@@ -24,8 +24,8 @@ CHECKPOINTS = ("last", "best")
 
 
 class RunFolder:
-    """Reads and writes one run. Every file is written aside and renamed, so that a run that is
-    killed leaves the files of its last finished epoch."""
+    """Reads and writes one run. Files are written aside and renamed, and metrics only appended, so
+    that a run that is killed leaves the files of its last finished epoch."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -38,14 +38,20 @@ class RunFolder:
     def finished(self) -> bool:
         return (self.path / "result.json").is_file()
 
+    def check_free(self) -> None:
+        """Raise VlfastError if the folder holds a run."""
+        if not self.started:
+            return
+        if self.finished:
+            raise VlfastError(f"output: {self.path} holds a finished run; choose another folder")
+        raise VlfastError(
+            f"output: {self.path} holds an unfinished run; go on with it (--resume {self.path}) "
+            "or choose another folder"
+        )
+
     def start(self, config: Config) -> None:
         """Make a new run's folder. VlfastError if it holds one already or can't be written."""
-        if self.started:
-            state = "a finished run" if self.finished else "an unfinished run"
-            raise VlfastError(
-                f"output: {self.path} holds {state}; choose another folder"
-                + ("" if self.finished else ", or go on with it: --resume " + str(self.path))
-            )
+        self.check_free()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.write_config(config)
