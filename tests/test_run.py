@@ -68,7 +68,10 @@ def test_one_name_is_no_list_of_names(run, image_files):
 def test_many_images_go_through_in_batches(run, image_files, monkeypatch):
     monkeypatch.setattr(vlfast.run, "TEST_BATCH", 2)
     assert len(run.predict(image_files * 3)) == 9
-    assert run.predict(image_files) == [run.predict(path)[0] for path in image_files]
+    for together, path in zip(run.predict(image_files), image_files, strict=True):
+        (alone,) = run.predict(path)
+        assert together.classnames == alone.classnames
+        assert together.probabilities == pytest.approx(alone.probabilities, rel=1e-5)
 
 
 def test_bad_images_are_named(run, image_files, tmp_path):

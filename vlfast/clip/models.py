@@ -219,7 +219,9 @@ def _load_openai_archive(path: Path, expected: str | None = None) -> nn.Module:
             from open_clip.factory import load_state_dict
 
             state = load_state_dict(str(path))
-        model = build_model_from_openai_state_dict(dict(state), cast_dtype=torch.float32)
+        # A traced model stores its causal mask, which the model makes for itself.
+        weights = {name: value for name, value in state.items() if name != "attn_mask"}
+        model = build_model_from_openai_state_dict(weights, cast_dtype=torch.float32)
     except Exception as error:
         raise VlfastError(
             f"model: {path} is not an OpenAI CLIP archive, or it is damaged: {_first_line(error)}"
