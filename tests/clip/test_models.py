@@ -36,9 +36,11 @@ def architecture(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def jit_archive(tmp_path_factory):
-    """A TorchScript archive with OpenAI's layout of weights."""
+    """A TorchScript archive with OpenAI's layout of weights, which are fp16 there."""
     torch.manual_seed(1)
     model = open_clip.model.CLIP(**ARCHITECTURE, quick_gelu=True).eval().requires_grad_(False)
+    open_clip.model.convert_weights_to_fp16(model)
+    model.float()
     path = tmp_path_factory.mktemp("archives") / "ViT-tiny.pt"
     inputs = (torch.zeros(1, 3, 32, 32), torch.zeros(1, 77, dtype=torch.int64))
     torch.jit.trace(model, inputs, check_trace=False).save(str(path))
