@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from vlfast.clip.models import load_clip
 from vlfast.clip.words import nearest_words
@@ -65,7 +64,7 @@ def run_demo(theme: str, output: str | Path, *, epochs: int | None = None, seed:
     plot_predictions(
         _examples(runs, dataset),
         output / "predictions.png",
-        title=f"{dataset.name}: what each method sees (green is right)",
+        title=f"{dataset.name}: test images on which the methods differ (green is right)",
     )
     print(f"\npictures: {output / 'training.png'}, {output / 'predictions.png'}")
 
@@ -90,8 +89,15 @@ def _context_lines(name: str, init: str | None, words: list[list[tuple[str, floa
     return "\n".join(lines)
 
 
+def _agreement(example: Example) -> int:
+    """0 where some methods are right and some wrong, 1 where all are right, 2 where none is."""
+    right = [guess.classname == example.classname for guess in example.guesses]
+    return 1 if all(right) else 0 if any(right) else 2
+
+
 def _examples(runs: dict[str, Run], dataset: Dataset, count: int = 12) -> list[Example]:
-    """Test images, half base and half new, those first on which the methods differ."""
+    """Test images of different classes, half base and half new: first those that some method gets
+    right and another wrong."""
     examples: list[Example] = []
     for half, wanted in (("base", count - count // 2), ("new", count // 2)):
         part = dataset.restrict(half)
@@ -108,11 +114,8 @@ def _examples(runs: dict[str, Run], dataset: Dataset, count: int = 12) -> list[E
             Example(image, part.classnames[int(part.test.labels[i])], half, by_method)
             for image, i, by_method in zip(images, order, zip(*guesses, strict=True), strict=True)
         ]
-        differs = torch.tensor([len({g.classname for g in e.guesses}) > 1 for e in found])
-        chosen, seen = [], set()
-        for i in differs.int().argsort(descending=True, stable=True).tolist():
-            if found[i].classname not in seen:
-                seen.add(found[i].classname)
-                chosen.append(found[i])
-        examples += chosen[:wanted]
+        by_class: dict[str, Example] = {}
+        for example in sorted(found, key=_agreement):
+            by_class.setdefault(example.classname, example)
+        examples += sorted(by_class.values(), key=_agreement)[:wanted]
     return examples

@@ -29,7 +29,7 @@ def test_random_context_has_coops_spread(tiny_clip):
     torch.manual_seed(0)
     context = build_prompts("class_specific", tiny_clip, num_classes=40, n_ctx=16).context
     assert context.shape == (40, 16, 32)
-    assert float(context.std()) == pytest.approx(0.02, rel=0.02)
+    assert context.std().item() == pytest.approx(0.02, rel=0.02)
     assert not torch.equal(context[0], context[1])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,7 +215,10 @@ def _load_openai_archive(path: Path, expected: str | None = None) -> nn.Module:
         raise FileNotFoundError(f"model: there is no file {path}")
     try:
         if _is_jit_archive(path):
-            state = torch.jit.load(str(path), map_location="cpu").state_dict()
+            with warnings.catch_warnings():
+                # PyTorch advises against new archives; OpenAI's are what they are.
+                warnings.simplefilter("ignore", FutureWarning)
+                state = torch.jit.load(str(path), map_location="cpu").state_dict()
         else:
             from open_clip.factory import load_state_dict
 

@@ -74,23 +74,26 @@ def plot_predictions(
     columns = min(columns, len(examples))
     rows = -(-len(examples) // columns)
     lines = max(len(example.guesses) for example in examples)
-    figure = _figure(2.3 * columns, (2.25 + 0.26 * lines) * rows + 0.5)
+    picture, text = 2.0, 0.21 * lines + 0.1
+    figure = _figure(2.3 * columns, (picture + text + 0.35) * rows + 0.4)
     figure.suptitle(title, fontsize=13, color=INK, x=0.01, ha="left")
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axis in axes:
+    axes = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[picture, text] * rows)
+    for axis in axes.flatten():
         axis.axis("off")
-    for axis, example in zip(axes, examples, strict=False):
-        axis.imshow(example.image, interpolation="nearest")
-        axis.set_title(
+    for number, example in enumerate(examples):
+        row, column = divmod(number, columns)
+        above, below = axes[2 * row, column], axes[2 * row + 1, column]
+        above.imshow(example.image, interpolation="nearest")
+        above.set_title(
             f"{example.classname}  ({example.half})", fontsize=10, color=INK, loc="left", pad=4
         )
         for line, guess in enumerate(example.guesses):
             right = guess.classname == example.classname
-            axis.text(
+            below.text(
                 0.0,
-                -0.06 - 0.125 * line,
+                1.0 - line / lines,
                 f"{guess.method}: {guess.classname} {100 * guess.probability:.0f} %",
-                transform=axis.transAxes,
+                transform=below.transAxes,
                 fontsize=8.5,
                 va="top",
                 color=RIGHT if right else WRONG,
