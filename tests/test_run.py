@@ -173,7 +173,7 @@ def test_config_records_where_the_words_came_from(tiny_clip, tmp_path):
     assert set(run.result["accuracy"]) == {"base", "new", "harmonic_mean", "domains"}
 
 
-def test_folder_dataset_trains(tiny_clip, tmp_path):
+def test_folder_dataset_trains(tiny_clip, tmp_path, monkeypatch):
     """A user's own images, with CoOp's crops and flips, read by worker processes."""
     generator = np.random.default_rng(0)
     for part, count in (("train", 3), ("test", 2)):
@@ -185,16 +185,20 @@ def test_folder_dataset_trains(tiny_clip, tmp_path):
                 Image.fromarray(pixels).save(tmp_path / part / name / f"{i}.png")
     options = {
         "model": tiny_clip,
-        "data": {"name": "folder", "root": str(tmp_path)},
+        "data": {"name": "folder", "root": "."},
         "shots": 2,
         "epochs": 2,
         "n_ctx": 2,
         "show_progress": False,
     }
+    monkeypatch.chdir(tmp_path)
     alone = vlfast.fit("coop", output=tmp_path / "alone", workers=0, **options)
     helped = vlfast.fit("coop", output=tmp_path / "helped", workers=2, **options)
     rows = [r.folder.read_metrics() for r in (alone, helped)]
     assert [r["loss"] for r in rows[0]] == [r["loss"] for r in rows[1]]
+    monkeypatch.chdir("/")
+    again = vlfast.load(tmp_path / "alone", clip=tiny_clip)
+    assert again.evaluate() == alone.result["accuracy"]
     assert "val_accuracy" not in rows[0][0] and alone.result["best_epoch"] is None
     assert alone.result["accuracy"]["test"]["images"] == 4
 

@@ -40,6 +40,7 @@ def print_report() -> None:
     for row in backend_report():
         table.add_row(row.op, row.device, row.backend, row.reason)
     console.print(table)
+    console.print("reference: the op in plain PyTorch, its definition", highlight=False)
     advice = list(_advice())
     console.print()
     for line in advice or ["Nothing is missing."]:

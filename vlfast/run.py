@@ -204,6 +204,10 @@ def train(
         clip = _load_recorded_clip(config, accelerator.device)
     if dataset is None:
         dataset = _load_recorded_dataset(config)
+    # What the run's folder records must be found again from another working directory.
+    config.model.name, config.model.pretrained = clip.name, clip.pretrained
+    if config.data.root is not None:
+        config.data.root = str(Path(config.data.root).absolute())
     if config.data.template is not None:
         dataset = replace(dataset, template=config.data.template)
         if config.prompts.kind != HardPrompt.kind:

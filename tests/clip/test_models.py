@@ -63,6 +63,7 @@ def test_local_weights(architecture, tmp_path, suffix):
     same_features(architecture, clip)
     assert not any(p.requires_grad for p in clip.model.parameters())
     assert not clip.model.training
+    assert clip.pretrained == str(path.absolute())
     assert clip.image_size == 32 and bool(clip.known_tokens.all())
 
 

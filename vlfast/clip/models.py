@@ -26,9 +26,9 @@ WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
 class ClipModel:
     """A frozen CLIP and what prompt learning needs of it.
 
-    name, pretrained: as asked for. model: in eval mode, no parameter requires grad. known_tokens:
-    bool [V], which rows of the token embedding were ever trained (all, except in the tiny models).
-    image_size: pixels. mean, std: of the normalisation, RGB.
+    name, pretrained: as asked for, files as absolute paths. model: in eval mode, no parameter
+    requires grad. known_tokens: bool [V], which rows of the token embedding were ever trained
+    (all, except in the tiny models). image_size: pixels. mean, std: of the normalisation, RGB.
     """
 
     name: str
@@ -107,7 +107,11 @@ def load_clip(
     else:
         model, known_tokens = _load_open_clip(name, pretrained), None
     return wrap_clip(
-        model, name=name, pretrained=pretrained, known_tokens=known_tokens, device=device
+        model,
+        name=_absolute_if_file(name),
+        pretrained=None if pretrained is None else _absolute_if_file(pretrained),
+        known_tokens=known_tokens,
+        device=device,
     )
 
 
@@ -246,6 +250,11 @@ def _check_architecture(model: nn.Module, expected: str, path: Path) -> None:
                 f"pretrained: {path} holds another architecture than {expected}: {key} is "
                 f"{tuple(value.shape)}, expected {tuple(wanted[key])}"
             )
+
+
+def _absolute_if_file(name: str) -> str:
+    path = Path(name)
+    return str(path.absolute()) if path.is_file() else name
 
 
 def _is_path(pretrained: str) -> bool:
