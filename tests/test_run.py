@@ -91,7 +91,7 @@ def test_saved_copy_is_a_run(run, tiny_clip, tmp_path, image_files):
     copy = vlfast.load(path, clip=tiny_clip)
     assert copy.predict(image_files) == run.predict(image_files)
     assert copy.result == run.result
-    with pytest.raises(VlfastError, match="holds a run already"):
+    with pytest.raises(VlfastError, match="holds a finished run"):
         run.save(path)
 
 

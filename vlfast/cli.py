@@ -265,11 +265,13 @@ def _doctor(argv: list[str]) -> None:
 
 def _result_lines(result: dict[str, Any]) -> str:
     data = result["data"]
-    head = (
-        f"{result['recipe']} on {data['name']}: {data['classes']} classes, "
+    trained = (
         f"{data['images']['train']} training images, {result['epochs']} epochs, "
         f"{result['train_seconds']:.1f} s"
+        if result["epochs"]
+        else "nothing trained"
     )
+    head = f"{result['recipe']} on {data['name']}: {data['classes']} classes, {trained}"
     return f"{head}\n{_accuracy_lines(result['accuracy'])}"
 
 

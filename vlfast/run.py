@@ -132,8 +132,6 @@ class Run:
     def save(self, path: str | Path) -> Path:
         """Copy what ``vlfast.load`` needs (config, checkpoints, result) to another folder."""
         target = RunFolder(path)
-        if target.started:
-            raise VlfastError(f"path: {target.path} holds a run already; choose another folder")
         target.start(self.config)
         for name in [*(f"{c}.safetensors" for c in CHECKPOINTS), "metrics.jsonl", "result.json"]:
             if (self.folder.path / name).is_file():

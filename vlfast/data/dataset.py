@@ -6,7 +6,6 @@ import hashlib
 import json
 import random
 import warnings
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, runtime_checkable
@@ -95,7 +94,8 @@ class Split:
 class Dataset:
     """A classification task.
 
-    name: how configs refer to it. classnames: in label order. template: with one ``{}`` for the
+    name: how configs refer to it. classnames: in label order; two classes may share a name, as in
+    ImageNet. template: with one ``{}`` for the
     class name. train, val, test: the splits. domains: other test sets with the same classes
     (unseen styles, other photographers), by name. context_init: the words that a learned context
     starts from where a recipe says "auto".
@@ -114,8 +114,6 @@ class Dataset:
         object.__setattr__(self, "classnames", tuple(self.classnames))
         if not self.classnames:
             raise ValueError("classnames: expected at least one, got none")
-        if twice := [name for name, count in Counter(self.classnames).items() if count > 1]:
-            raise ValueError(f"classnames: expected different names, got {twice[0]!r} twice")
         if reserved := {"train", "val", "test"} & set(self.domains):
             raise ValueError(f"domains: {', '.join(sorted(reserved))} can't be a domain's name")
         if self.template.count("{}") != 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,13 @@ def load_folder(root: str | Path) -> Dataset:
     if not classes:
         raise VlfastError(f"data.root: {root / 'train'} has no class folders")
 
+    classnames = tuple(name.replace("_", " ") for name in classes)
+    if twice := [name for name, count in Counter(classnames).items() if count > 1]:
+        raise VlfastError(
+            f"data.root: several folders of {root / 'train'} stand for the class {twice[0]!r}, "
+            "since underscores become spaces"
+        )
+
     names: list[str] = []
     splits = {}
     for part in ("train", "val", "test"):
@@ -87,7 +95,7 @@ def load_folder(root: str | Path) -> Dataset:
     source = FileImages(root, names)
     return Dataset(
         name="folder",
-        classnames=tuple(name.replace("_", " ") for name in classes),
+        classnames=classnames,
         template="a photo of a {}.",
         **{part: Split(source, *found) for part, found in splits.items()},
     )

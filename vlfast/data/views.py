@@ -99,10 +99,10 @@ def worker_errors() -> Iterator[None]:
     try:
         yield
     except (VlfastError, FileNotFoundError) as error:
-        lines = str(error).strip().splitlines()
-        if len(lines) < 2:
+        message = str(error).strip()
+        if "Original Traceback" not in message:
             raise
-        raise type(error)(lines[-1].partition(": ")[2]) from error
+        raise type(error)(message.splitlines()[-1].partition(": ")[2]) from error
 
 
 def image_batch(images: Sequence, config: ViewConfig) -> Tensor:
