@@ -91,16 +91,15 @@ VLFAST_INLINE double exp_negative(double x) { return std::exp(x); }
 // The logit whose scaled value is the largest.
 template <typename C>
 VLFAST_INLINE C top_logit(const C* logits, std::int64_t classes, C scale) {
-  C largest = -std::numeric_limits<C>::infinity();
-  C smallest = std::numeric_limits<C>::infinity();
-  if (scale >= 0) {
-#pragma omp simd reduction(max : largest)
-    for (std::int64_t c = 0; c < classes; ++c) largest = std::max(largest, logits[c]);
-    return largest;
+  const C sign = scale < 0 ? C(-1) : C(1);
+  C top = -std::numeric_limits<C>::infinity();
+  // Not std::max, whose references keep gcc from vectorising the loop.
+#pragma omp simd reduction(max : top)
+  for (std::int64_t c = 0; c < classes; ++c) {
+    const C logit = logits[c] * sign;
+    top = top < logit ? logit : top;
   }
-#pragma omp simd reduction(min : smallest)
-  for (std::int64_t c = 0; c < classes; ++c) smallest = std::min(smallest, logits[c]);
-  return smallest;
+  return top * sign;
 }
 
 template <typename C>
@@ -142,7 +141,7 @@ VLFAST_INLINE RowResult<C> solve(Row<C> row, std::int64_t classes, Coefficients<
   // even if the compiler fuses a product and a sum. Of its mean, the shares are summed: the gaps
   // may be as large as the largest number.
   const C ratio = teacher_scale / student_scale;
-  const C share = C(1) / static_cast<C>(classes);
+  const C gap_share = student_scale / static_cast<C>(classes);
   C student_sum = 0, teacher_sum = 0, gap_sum = 0;
   for (std::int64_t begin = 0; begin < classes; begin += kBlock) {
     const std::int64_t end = std::min(begin + kBlock, classes);
@@ -151,14 +150,13 @@ VLFAST_INLINE RowResult<C> solve(Row<C> row, std::int64_t classes, Coefficients<
     for (std::int64_t c = begin; c < end; ++c) {
       const C u = student[c] - student_top;
       const C v = teacher[c] - teacher_top;
-      const C gap = (u - ratio * v) * student_scale;
       const C student_exp = exp_negative(u * student_scale);
       const C teacher_exp = exp_negative(v * teacher_scale);
       student_exps[c] = student_exp;
       teacher_exps[c] = teacher_exp;
       student_part += student_exp;
       teacher_part += teacher_exp;
-      gap_part += student_exp * (gap * share);
+      gap_part += student_exp * ((u - ratio * v) * gap_share);
     }
     student_sum += student_part;
     teacher_sum += teacher_part;
@@ -294,9 +292,9 @@ void solve_rows(const SymmetricKL& problem, int threads) {
 void symmetric_kl_cpu(const SymmetricKL& problem, int threads) {
   for (std::int64_t c = 0; problem.index && c < problem.classes; ++c) {
     if (problem.index[c] < 0 || problem.index[c] >= problem.teacher_classes) {
-      throw std::out_of_range("index: expected values from 0 to " +
-                              std::to_string(problem.teacher_classes - 1) + ", got " +
-                              std::to_string(problem.index[c]));
+      throw std::invalid_argument("index: expected values from 0 to " +
+                                  std::to_string(problem.teacher_classes - 1) + ", got " +
+                                  std::to_string(problem.index[c]));
     }
   }
   switch (problem.dtype) {

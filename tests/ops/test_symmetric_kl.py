@@ -228,8 +228,13 @@ class TestInputs:
 
     @pytest.mark.parametrize("value", [-1, 30])
     def test_index_out_of_range(self, value):
-        with pytest.raises(IndexError, match=f"index: expected values from 0 to 29, got {value}"):
-            symmetric_kl_loss(normal(2, 1), normal(2, 30), index=torch.tensor([value]))
+        student, teacher, index = normal(2, 1), normal(2, 30), torch.tensor([value])
+        with pytest.raises(ValueError, match=f"index: expected values from 0 to 29, got {value}"):
+            symmetric_kl_loss(student, teacher, index=index)
+        raw = (student, teacher, None, None, index, 1.0, 1.0, 0.5, 0.5, True)
+        with pytest.raises(ValueError, match=f"index: expected values from 0 to 29, got {value}"):
+            torch.ops.vlfast.symmetric_kl(*raw)
+        assert reference.symmetric_kl(student, teacher, index=index).isnan().all()
 
     def test_not_contiguous(self):
         student, teacher = pair(8, 24, dtype=F32)

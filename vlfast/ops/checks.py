@@ -1,7 +1,7 @@
 """Argument checks that the public ops share: each error says what came and what was expected.
 
 A wrong type or dtype raises TypeError; a wrong shape, device or value raises ValueError. The
-values inside a tensor are not read, since that would stall a GPU: VLFAST_CHECK=1 turns it on.
+values inside a tensor on a GPU are not read, which would stall it: VLFAST_CHECK=1 turns it on.
 """
 
 from __future__ import annotations
@@ -24,8 +24,13 @@ def checking_values() -> bool:
 
 
 def values_readable(tensor: Tensor) -> bool:
-    """Whether reading this tensor stalls no device (it is on the CPU), or is asked for anyway."""
-    return checking_values() or (tensor.device.type == "cpu" and not torch.compiler.is_compiling())
+    """Whether reading this tensor stalls no device (it is on the CPU), or is asked for anyway.
+
+    What is being traced, or transformed by functorch, may have no values to read.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return tensor.is_cpu or checking_values()
 
 
 def describe(value: Any) -> str:
@@ -37,20 +42,22 @@ def describe(value: Any) -> str:
 
 def check_floating(name: str, value: Any, shape: Sequence[str]) -> None:
     """A floating tensor with one dimension for each name in ``shape``, as in ("M", "d")."""
-    expected = f"a floating tensor [{', '.join(shape)}]"
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
-    if value.dim() != len(shape):
-        raise ValueError(f"{name}: expected {expected}, got {describe(value)}")
+    right_type = isinstance(value, Tensor) and value.is_floating_point()
+    if not right_type or value.dim() != len(shape):
+        error = ValueError if right_type else TypeError
+        raise error(
+            f"{name}: expected a floating tensor [{', '.join(shape)}], got {describe(value)}"
+        )
 
 
 def check_dtype(name: str, value: Any, dtype: torch.dtype, shape: Sequence[str]) -> None:
     """A tensor of exactly this dtype (labels, indices and masks), shaped as in check_floating."""
-    expected = f"a tensor {dtype} [{', '.join(shape)}]"
-    if not isinstance(value, Tensor) or value.dtype != dtype:
-        raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
-    if value.dim() != len(shape):
-        raise ValueError(f"{name}: expected {expected}, got {describe(value)}")
+    right_type = isinstance(value, Tensor) and value.dtype == dtype
+    if not right_type or value.dim() != len(shape):
+        error = ValueError if right_type else TypeError
+        raise error(
+            f"{name}: expected a tensor {dtype} [{', '.join(shape)}], got {describe(value)}"
+        )
 
 
 def check_same_size(size: str, first: tuple[str, Tensor, int], *others: tuple) -> None:
@@ -104,22 +111,26 @@ def check_weight(name: str, value: Any) -> None:
 
 
 def _check_scalar(name: str, value: Any, expected: str, *, zero_allowed: bool) -> None:
-    expected += ", or a floating 0-d tensor of one"
+    number = value
     if isinstance(value, Tensor):
         if not value.is_floating_point():
-            raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
+            raise TypeError(_scalar_message(name, expected, describe(value)))
         if value.dim() != 0:
-            raise ValueError(f"{name}: expected {expected}, got {describe(value)}")
+            raise ValueError(_scalar_message(name, expected, describe(value)))
         if not checking_values():
             return
         number = float(value.detach())
-    elif isinstance(value, Real) and not isinstance(value, bool):
-        number = float(value)
-    else:
-        raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
+    elif type(value) not in (float, int) and (
+        isinstance(value, bool) or not isinstance(value, Real)
+    ):
+        raise TypeError(_scalar_message(name, expected, describe(value)))
     in_range = number >= 0 if zero_allowed else number > 0
     if not (in_range and number < math.inf):
-        raise ValueError(f"{name}: expected {expected}, got {number}")
+        raise ValueError(_scalar_message(name, expected, str(number)))
+
+
+def _scalar_message(name: str, expected: str, came: str) -> str:
+    return f"{name}: expected {expected}, or a floating 0-d tensor of one, got {came}"
 
 
 def check_frozen(name: str, value: Any) -> None:
@@ -146,8 +157,8 @@ def check_flag(name: str, value: Any) -> None:
 
 
 def check_in_range(name: str, tensor: Tensor, limit: int) -> None:
-    """Labels or indices from 0 to ``limit`` - 1. Read only under VLFAST_CHECK=1."""
-    if not checking_values() or tensor.numel() == 0:
+    """Labels or indices from 0 to ``limit`` - 1. On a GPU read only under VLFAST_CHECK=1."""
+    if not values_readable(tensor) or tensor.numel() == 0:
         return
     lowest, highest = int(tensor.min()), int(tensor.max())
     if lowest < 0 or highest >= limit:

@@ -62,12 +62,15 @@ def symmetric_kl(
 ) -> Tensor:
     """forward_weight * KL(t || s) + reverse_weight * KL(s || t) of each row: [B].
 
-    student [B, K]; teacher [B, K], or [B, N] with ``index`` int64 [K], its columns to take.
-    s and t are the softmax of each side times its scale over ``temperature``. Logits are finite.
+    student [B, K]; teacher [B, K], or [B, N] with ``index`` int64 [K], its columns to take: one out
+    of range makes every row NaN. s and t are the softmax of each side times its scale over
+    ``temperature``. Logits are finite.
     """
     dtype = accumulation_dtype(student, teacher)
     if index is not None:
-        teacher = teacher.index_select(1, index)
+        inside = (index >= 0) & (index < teacher.shape[1])
+        teacher = teacher.index_select(1, index.clamp(0, teacher.shape[1] - 1))
+        teacher = teacher.where(inside, torch.nan)
     temperature = in_dtype(temperature, dtype)
     student = student.to(dtype) * in_dtype(student_scale, dtype) / temperature
     teacher = teacher.to(dtype) * in_dtype(teacher_scale, dtype) / temperature

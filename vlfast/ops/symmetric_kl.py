@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._extension import extension
 from . import checks, reference
-from .backends import kernel_serves
+from .backends import dispatcher_sees, kernel_serves
 
 Reduction = Literal["none", "sum", "batchmean", "mean"]
 REDUCTIONS = ("none", "sum", "batchmean", "mean")
@@ -78,9 +78,11 @@ def symmetric_kl_loss(
         index,
         reduction,
     )
-    rows, classes = student.shape
-    shares = {"none": 1.0, "sum": 1.0, "batchmean": 1 / rows, "mean": 1 / (rows * classes)}
-    share = shares[reduction]
+    share = 1.0
+    if reduction == "batchmean":
+        share = 1 / student.shape[0]
+    elif reduction == "mean":
+        share = 1 / student.numel()
     if not kernel_can_serve(student, teacher, temperature, forward_weight, reverse_weight):
         losses = reference.symmetric_kl(
             student,
@@ -110,7 +112,7 @@ def symmetric_kl_loss(
     learns = student.requires_grad or (student_scale is not None and student_scale.requires_grad)
     if learns and torch.is_grad_enabled():
         return SymmetricKL.apply(*arguments, reduction != "none")
-    losses = torch.ops.vlfast.symmetric_kl(*arguments, False)[0]
+    losses = run_kernel(*arguments, False)[0]
     return losses if reduction == "none" else losses.sum()
 
 
@@ -183,7 +185,7 @@ class SymmetricKL(torch.autograd.Function):
         reverse_weight: float,
         reduce: bool,
     ) -> Tensor:
-        losses, gradient, gradient_of_scale = torch.ops.vlfast.symmetric_kl(
+        losses, gradient, gradient_of_scale = run_kernel(
             student,
             teacher,
             student_scale,
@@ -195,11 +197,13 @@ class SymmetricKL(torch.autograd.Function):
             reverse_weight,
             True,
         )
-        ctx.save_for_backward(gradient, gradient_of_scale)
-        ctx.student_dtype = student.dtype
-        ctx.student_factor = student_factor
-        if student_scale is not None:
+        if student_scale is not None and student_scale.requires_grad:
+            ctx.save_for_backward(gradient, gradient_of_scale)
+            ctx.student_factor = student_factor
             ctx.scale_device, ctx.scale_dtype = student_scale.device, student_scale.dtype
+        else:
+            ctx.save_for_backward(gradient)
+        ctx.student_dtype = student.dtype
         return losses.sum() if reduce else losses
 
     @staticmethod
@@ -210,23 +214,32 @@ class SymmetricKL(torch.autograd.Function):
                 "symmetric_kl_loss: create_graph=True needs the reference; compute the loss under "
                 "vlfast.ops.backends.reference_only()"
             )
-        gradient, gradient_of_scale = ctx.saved_tensors
+        gradient, *of_scale = ctx.saved_tensors
         for_student = for_scale = None
         if ctx.needs_input_grad[0]:
             if not is_one(upstream):
                 gradient = gradient * upstream.unsqueeze(-1)
-            for_student = gradient.to(ctx.student_dtype)
+            for_student = gradient
+            if gradient.dtype != ctx.student_dtype:
+                for_student = gradient.to(ctx.student_dtype)
         if ctx.needs_input_grad[2]:
-            for_scale = (gradient_of_scale * upstream).sum() * ctx.student_factor
+            for_scale = (of_scale[0] * upstream).sum() * ctx.student_factor
             for_scale = for_scale.to(ctx.scale_device, ctx.scale_dtype)
         return for_student, None, for_scale, *[None] * 7
 
 
 def is_one(upstream: Tensor) -> bool:
     """Whether this is a 1 that may be looked at: on the CPU, and in no graph being traced."""
-    if upstream.dim() or upstream.device.type != "cpu" or torch.compiler.is_compiling():
+    if upstream.dim() or not upstream.is_cpu or torch.compiler.is_compiling():
         return False
     return upstream.item() == 1
+
+
+def run_kernel(student: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The op, by the shortest way there is."""
+    if dispatcher_sees(student):
+        return torch.ops.vlfast.symmetric_kl(student, *others)
+    return (symmetric_kl_cpu if student.is_cpu else symmetric_kl_cuda)(student, *others)
 
 
 LIBRARY = torch.library.Library("vlfast", "FRAGMENT")
@@ -334,11 +347,9 @@ def as_the_kernels_take(
     if student.dtype != teacher.dtype:
         dtype = torch.promote_types(student.dtype, teacher.dtype)
         student, teacher = student.to(dtype), teacher.to(dtype)
-    return (
-        student.contiguous(),
-        teacher.contiguous(),
-        None if index is None else index.contiguous(),
-    )
+    if index is not None:
+        index = index.contiguous()
+    return student.contiguous(), teacher.contiguous(), index
 
 
 def empty_results(

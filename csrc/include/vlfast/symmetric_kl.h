@@ -44,7 +44,7 @@ struct SymmetricKL {
   void* gradient_of_scale;  // [rows], compute type: with respect to the scale of the student
 };
 
-// Throws std::out_of_range for an index outside the teacher.
+// Throws std::invalid_argument for an index outside the teacher.
 void symmetric_kl_cpu(const SymmetricKL& problem, int threads);
 
 // Enqueues one kernel on the stream (a cudaStream_t) of the current device and does not wait.
