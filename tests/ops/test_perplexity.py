@@ -1,6 +1,9 @@
 """plpp_loss and plpp_terms: values, gradients, memory, errors, and what the method promises."""
 
 import math
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -438,11 +441,12 @@ class TestValuesAndGradients:
         ):
             assert_close(a, e, 1e-12 if dtype == F64 else 1e-6)
 
-    def test_autocast_changes_nothing(self):
-        arguments = problem(9, 97, 16, torch.float32)
-        plain = plpp_loss(*arguments, top_k=70)
+    @pytest.mark.parametrize("top_k", [70, 600])
+    def test_autocast_changes_nothing(self, top_k):
+        arguments = problem(9, 700, 16, torch.float32)
+        plain = plpp_loss(*arguments, top_k=top_k)
         with torch.autocast("cpu", torch.bfloat16):
-            cast = plpp_loss(*arguments, top_k=70)
+            cast = plpp_loss(*arguments, top_k=top_k)
             cast_gradients = gradients([cast], arguments[:2])
         assert torch.equal(plain, cast)
         for a, e in zip(cast_gradients, gradients([plain], arguments[:2]), strict=True):
@@ -472,6 +476,27 @@ class TestValuesAndGradients:
             plpp_loss(prompts, hidden, embedding, top_k=10).backward()
         assert max(x.numel() for x in kept) < 200 * 997 / 10
         assert sum(x.numel() for x in kept) < 200 * 997 / 2
+
+    @needs_kernel
+    def test_no_scores_of_rows_times_words_are_held(self):
+        """512 rows of 200,000 would be 410 MB. In a process of its own, for a peak of its own."""
+        script = """
+            import resource, torch
+            from vlfast.ops import plpp_loss
+            def loss_of(rows, words):
+                prompts = torch.randn(rows, 4).requires_grad_()
+                loss = plpp_loss(prompts, torch.ones(rows, 4), torch.randn(words, 4), top_k=5)
+                loss.backward()
+                return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            before = loss_of(2, 200)
+            print(loss_of(512, 200000) - before)
+        """
+        script = textwrap.dedent(script)
+        run = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True
+        )
+        rise = int(run.stdout) * 1024
+        assert 0 <= rise < 60e6
 
 
 class TestWhatTheMethodPromises:
