@@ -16,6 +16,7 @@ from .. import _extension
 KERNELS = {
     ("symmetric_kl", "cpu"): "symmetric_kl_cpu",
     ("symmetric_kl", "cuda"): "symmetric_kl_cuda",
+    ("gated_mixture", "cpu"): "gated_mixture_cpu",
 }
 OPS = ("perplexity", "symmetric_kl", "gated_mixture")
 

@@ -147,7 +147,13 @@ def check_flag(name: str, value: Any) -> None:
 
 def check_in_range(name: str, tensor: Tensor, limit: int) -> None:
     """Labels or indices from 0 to ``limit`` - 1. Read only under VLFAST_CHECK=1."""
-    if not checking_values() or tensor.numel() == 0:
+    if checking_values():
+        require_in_range(name, tensor, limit)
+
+
+def require_in_range(name: str, tensor: Tensor, limit: int) -> None:
+    """As check_in_range, and read in any case."""
+    if tensor.numel() == 0:
         return
     lowest, highest = int(tensor.min()), int(tensor.max())
     if lowest < 0 or highest >= limit:
