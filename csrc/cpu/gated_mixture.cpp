@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "products.h"
 #include "scalar.h"
 #include "vlfast/kl_terms.h"
 
@@ -22,11 +23,16 @@ constexpr std::int64_t kSerialLogits = 4096;
 constexpr std::int64_t kChunkLogits = 1 << 22;
 
 // A head's classes are divided among the threads in blocks of so many.
-constexpr std::int64_t kClassBlock = 64;
+constexpr std::int64_t kClassBlock = 96;
 
 // Sums over the classes are taken over blocks of so many, then over the blocks: the rounding errors
 // of a long row stay those of a short one.
 constexpr std::int64_t kSumBlock = 512;
+
+float* at_least(std::vector<float>& scratch, std::int64_t size) {
+  if (scratch.size() < static_cast<std::size_t>(size)) scratch.resize(size);
+  return scratch.data();
+}
 
 void check_labels(const GatedMixture& problem) {
   for (std::int64_t b = 0; b < problem.images; ++b) {
@@ -194,11 +200,13 @@ float mix(const float* values, const float* weights, const std::int64_t* selecte
   return sum;
 }
 
-// Images of a chunk that a head was selected for, each with the place of that teacher's logits.
+// The images of a chunk that a head was selected for.
 struct Group {
   std::int64_t head;
   std::vector<const float*> images;  // [width] each
-  std::vector<float*> teachers;      // [classes] each
+  std::vector<float*> teachers;      // [classes] each, where their logits of the head belong
+  std::int64_t lanes;
+  std::int64_t offset;  // of the packed images
 };
 
 std::vector<Group> group_by_head(const GatedMixture& problem, const std::int64_t* selected,
@@ -211,39 +219,69 @@ std::vector<Group> group_by_head(const GatedMixture& problem, const std::int64_t
       group.teachers.push_back(teachers);
     }
   }
-  for (std::int64_t h = 0; h < problem.heads; ++h) groups[h].head = h;
+  std::int64_t offset = 0;
+  for (std::int64_t h = 0; h < problem.heads; ++h) {
+    Group& group = groups[h];
+    const std::int64_t images = group.images.size();
+    group.head = h;
+    group.lanes = (images + kLanes - 1) / kLanes * kLanes;
+    group.offset = offset;
+    offset += group.lanes * problem.width;
+  }
   const auto unused = [](const Group& group) { return group.images.empty(); };
   groups.erase(std::remove_if(groups.begin(), groups.end(), unused), groups.end());
   return groups;
 }
 
-template <typename T>
-VLFAST_INLINE void product(const Group& group, const T* text, std::int64_t width,
-                           std::int64_t begin, std::int64_t end, float scale) {
-  for (std::size_t i = 0; i < group.images.size(); ++i) {
-    for (std::int64_t c = begin; c < end; ++c) {
-      float sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (std::int64_t w = 0; w < width; ++w)
-        sum += group.images[i][w] * widen(text[c * width + w]);
-      group.teachers[i][c] = scale * sum;
-    }
+void pack(const Group& group, std::int64_t width, float* packed) {
+  const std::int64_t images = group.images.size();
+  for (std::int64_t w = 0; w < width; ++w) {
+    float* lanes = packed + w * group.lanes;
+    for (std::int64_t i = 0; i < images; ++i) lanes[i] = group.images[i][w];
+    std::fill(lanes + images, lanes + group.lanes, 0.0f);
   }
 }
 
-VLFAST_DISPATCH void teacher_logits(const GatedMixture& problem, const Group& group,
-                                    std::int64_t begin, std::int64_t end) {
-  const std::int64_t offset = group.head * problem.classes * problem.width;
-  const float scale = static_cast<float>(problem.logit_scale);
-  if (problem.text_dtype == DType::kFloat32)
-    product(group, static_cast<const float*>(problem.text_features) + offset, problem.width, begin,
-            end, scale);
-  else if (problem.text_dtype == DType::kBFloat16)
-    product(group, static_cast<const BFloat16*>(problem.text_features) + offset, problem.width,
-            begin, end, scale);
-  else
-    product(group, static_cast<const Float16*>(problem.text_features) + offset, problem.width,
-            begin, end, scale);
+// The values in fp32: themselves, or a copy in `scratch`.
+VLFAST_DISPATCH const float* in_float(const void* values, std::int64_t begin, std::int64_t count,
+                                      DType dtype, std::vector<float>& scratch) {
+  if (dtype == DType::kFloat32) return static_cast<const float*>(values) + begin;
+  float* __restrict to = at_least(scratch, count);
+  if (dtype == DType::kBFloat16) {
+    const auto* from = static_cast<const BFloat16*>(values) + begin;
+    for (std::int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
+  } else {
+    const auto* from = static_cast<const Float16*>(values) + begin;
+    for (std::int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
+  }
+  return to;
+}
+
+VLFAST_DISPATCH void scatter(const float* scores, std::int64_t lanes, std::int64_t count,
+                             float scale, std::int64_t images, float* const* teachers,
+                             std::int64_t begin) {
+  for (std::int64_t i = 0; i < images; ++i) {
+    float* __restrict to = teachers[i] + begin;
+    for (std::int64_t c = 0; c < count; ++c) to[c] = scale * scores[c * lanes + i];
+  }
+}
+
+// The logits of a head's images for the classes from `begin` to `end`.
+void teacher_logits(const GatedMixture& problem, const Group& group, const float* packed,
+                    std::int64_t begin, std::int64_t end) {
+  thread_local std::vector<float> text, scores;
+  const std::int64_t width = problem.width, count = end - begin;
+  Scores by{};
+  by.queries = packed + group.offset;
+  by.lanes = group.lanes;
+  by.words = in_float(problem.text_features, (group.head * problem.classes + begin) * width,
+                      count * width, problem.text_dtype, text);
+  by.count = count;
+  by.width = width;
+  by.scores = at_least(scores, count * group.lanes);
+  score_words(by);
+  scatter(by.scores, by.lanes, count, static_cast<float>(problem.logit_scale), group.images.size(),
+          group.teachers.data(), begin);
 }
 
 }  // namespace
@@ -268,36 +306,38 @@ void gated_mixture_cpu(const GatedMixture& problem, int threads) {
 
   const std::int64_t chunk = std::clamp<std::int64_t>(kChunkLogits / (top_k * classes), 1,
                                                       std::max<std::int64_t>(images, 1));
-  // Kept between calls: a fresh block of this size would be paged in anew each time.
-  thread_local std::vector<float> kept;
-  const std::size_t needed = chunk * top_k * classes;
-  if (kept.size() < needed) kept.resize(needed);
-  float* const teachers = kept.data();
+  // Kept between calls: fresh blocks of this size would be paged in anew each time.
+  thread_local std::vector<float> teachers_kept, packed_kept;
+  float* const teachers = at_least(teachers_kept, chunk * top_k * classes);
+  float* const packed = at_least(packed_kept, (chunk * top_k + heads * (kLanes - 1)) * width);
   const std::int64_t blocks = (classes + kClassBlock - 1) / kClassBlock;
   for (std::int64_t begin = 0; begin < images; begin += chunk) {
     const std::int64_t end = std::min(begin + chunk, images);
     const std::vector<Group> groups = group_by_head(problem, selected.data(), begin, end, teachers);
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
+    for (std::size_t g = 0; g < groups.size(); ++g)
+      pack(groups[g], width, packed + groups[g].offset);
     const std::int64_t products = static_cast<std::int64_t>(groups.size()) * blocks;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
     for (std::int64_t p = 0; p < products; ++p) {
       const std::int64_t first = p % blocks * kClassBlock;
-      teacher_logits(problem, groups[p / blocks], first, std::min(first + kClassBlock, classes));
+      teacher_logits(problem, groups[p / blocks], packed, first,
+                     std::min(first + kClassBlock, classes));
     }
 
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (std::int64_t b = begin; b < end; ++b) {
       thread_local std::vector<float> scratch;
-      const std::size_t size = 2 * (classes + top_k);
-      if (scratch.size() < size) scratch.resize(size);
+      float* const blocks = at_least(scratch, 2 * (classes + top_k));
       Image image{};
       image.student = problem.student_logits + b * classes;
       image.teachers = teachers + (b - begin) * top_k * classes;
       image.weights = &weights[b * top_k];
       image.label = problem.labels[b];
-      image.student_exps = &scratch[0];
-      image.teacher_exps = &scratch[classes];
-      image.divergences = &scratch[2 * classes];
-      image.cross_entropies = &scratch[2 * classes + top_k];
+      image.student_exps = blocks;
+      image.teacher_exps = blocks + classes;
+      image.divergences = blocks + 2 * classes;
+      image.cross_entropies = blocks + 2 * classes + top_k;
       float* to_scores[2] = {};
       if (problem.distillation_to_student) {
         image.to_student = problem.distillation_to_student + b * classes;
