@@ -18,7 +18,7 @@
 namespace vlfast {
 
 // Packed queries have a multiple of so many lanes, the unused ones zero.
-constexpr std::int64_t kLanes = 16;
+constexpr std::int64_t kLanes = 8;
 
 struct Scores {
   const float* queries;  // [width, lanes]
@@ -98,23 +98,29 @@ VLFAST_INLINE void score_tile(const Scores& by, std::int64_t word, std::int64_t 
   }
 }
 
-template <typename Vector, int kWords, int kVectors>
+// Fewer lanes than a Vector has are left to the Remainder, which kLanes is a multiple of.
+template <typename Vector, int kWords, int kVectors, typename Remainder>
+VLFAST_INLINE void score_lanes(const Scores& by, std::int64_t word, std::int64_t begin,
+                               std::int64_t end) {
+  constexpr std::int64_t kSize = sizeof(Vector) / sizeof(float);
+  constexpr std::int64_t kRemainder = sizeof(Remainder) / sizeof(float);
+  std::int64_t lane = 0;
+  for (; lane + kVectors * kSize <= by.lanes; lane += kVectors * kSize)
+    score_tile<Vector, kWords, kVectors>(by, word, lane, begin, end);
+  for (; lane + kSize <= by.lanes; lane += kSize)
+    score_tile<Vector, kWords, 1>(by, word, lane, begin, end);
+  for (; lane < by.lanes; lane += kRemainder)
+    score_tile<Remainder, kWords, 1>(by, word, lane, begin, end);
+}
+
+template <typename Vector, int kWords, int kVectors, typename Remainder>
 VLFAST_INLINE void score(const Scores& by) {
-  constexpr int kTileLanes = kVectors * sizeof(Vector) / sizeof(float);
   for (std::int64_t begin = 0; begin < by.width; begin += kDepth) {
     const std::int64_t end = std::min(begin + kDepth, by.width);
     std::int64_t word = 0;
-    for (; word + kWords <= by.count; word += kWords) {
-      std::int64_t lane = 0;
-      for (; lane + kTileLanes <= by.lanes; lane += kTileLanes)
-        score_tile<Vector, kWords, kVectors>(by, word, lane, begin, end);
-      for (; lane < by.lanes; lane += kTileLanes / kVectors)
-        score_tile<Vector, kWords, 1>(by, word, lane, begin, end);
-    }
-    for (; word < by.count; ++word) {
-      for (std::int64_t lane = 0; lane < by.lanes; lane += kTileLanes / kVectors)
-        score_tile<Vector, 1, 1>(by, word, lane, begin, end);
-    }
+    for (; word + kWords <= by.count; word += kWords)
+      score_lanes<Vector, kWords, kVectors, Remainder>(by, word, begin, end);
+    for (; word < by.count; ++word) score_lanes<Vector, 1, 1, Remainder>(by, word, begin, end);
   }
 }
 
@@ -172,7 +178,7 @@ VLFAST_INLINE void sum(const Sums& by) {
   for (; column < by.width; ++column) sum_columns<float, kRows, 1>(by, column);
 }
 
-inline void score_default(const Scores& by) { score<Vector16, 5, 2>(by); }
+inline void score_default(const Scores& by) { score<Vector16, 5, 2, Vector16>(by); }
 inline void sum_default(const Sums& by) { sum<Vector16, 4, 2>(by); }
 
 #ifdef VLFAST_X86_PRODUCTS
@@ -180,13 +186,13 @@ using Vector32 = float __attribute__((vector_size(32)));
 using Vector64 = float __attribute__((vector_size(64)));
 
 __attribute__((target("arch=x86-64-v3"))) inline void score_v3(const Scores& by) {
-  score<Vector32, 6, 2>(by);
+  score<Vector32, 6, 2, Vector32>(by);
 }
 __attribute__((target("arch=x86-64-v3"))) inline void sum_v3(const Sums& by) {
   sum<Vector32, 4, 3>(by);
 }
 __attribute__((target("arch=x86-64-v4"))) inline void score_v4(const Scores& by) {
-  score<Vector64, 12, 2>(by);
+  score<Vector64, 12, 2, Vector32>(by);
 }
 __attribute__((target("arch=x86-64-v4"))) inline void sum_v4(const Sums& by) {
   sum<Vector64, 8, 3>(by);
