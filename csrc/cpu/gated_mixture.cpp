@@ -19,15 +19,23 @@ namespace {
 // Below so many teacher logits, waking other threads costs more than it saves.
 constexpr std::int64_t kSerialLogits = 4096;
 
-// The images are taken in chunks of so many teacher logits: 16 MiB.
+// The images are taken in chunks of so many teacher logits (16 MiB), and of so many images: packed
+// for a product, they stay in the L2 cache.
 constexpr std::int64_t kChunkLogits = 1 << 22;
+constexpr std::int64_t kChunkImages = 256;
 
-// A head's classes are divided among the threads in blocks of so many.
+// What threads share out: blocks of so many of a head's classes, and of images in the gate. Both
+// are words to a product, and multiples of its tile.
 constexpr std::int64_t kClassBlock = 96;
+constexpr std::int64_t kImageBlock = 24;
 
 // Sums over the classes are taken over blocks of so many, then over the blocks: the rounding errors
 // of a long row stay those of a short one.
 constexpr std::int64_t kSumBlock = 512;
+
+std::int64_t round_up(std::int64_t count, std::int64_t step) {
+  return (count + step - 1) / step * step;
+}
 
 float* at_least(std::vector<float>& scratch, std::int64_t size) {
   if (scratch.size() < static_cast<std::size_t>(size)) scratch.resize(size);
@@ -42,17 +50,6 @@ void check_labels(const GatedMixture& problem) {
                                   std::to_string(problem.classes - 1) + ", got " +
                                   std::to_string(label));
     }
-  }
-}
-
-VLFAST_DISPATCH void gate_scores(const float* image, const float* gate, std::int64_t width,
-                                 std::int64_t heads, float* scores) {
-  std::fill_n(scores, heads, 0.0f);
-  for (std::int64_t w = 0; w < width; ++w) {
-    const float feature = image[w];
-    const float* of_feature = gate + w * heads;
-#pragma omp simd
-    for (std::int64_t h = 0; h < heads; ++h) scores[h] += feature * of_feature[h];
   }
 }
 
@@ -91,7 +88,7 @@ VLFAST_INLINE float top_logit(const float* logits, std::int64_t classes) {
   return largest + zero;
 }
 
-// The sum of exp(scale * (logit - top)); each of them is kept, unless `exps` is null.
+// The sum of exp(scale * (logit - top)) over the classes, each of them kept in `exps` on request.
 template <bool kKeep>
 VLFAST_INLINE float exp_sum(const float* __restrict logits, float top, float scale,
                             std::int64_t classes, float* __restrict exps) {
@@ -224,7 +221,7 @@ std::vector<Group> group_by_head(const GatedMixture& problem, const std::int64_t
     Group& group = groups[h];
     const std::int64_t images = group.images.size();
     group.head = h;
-    group.lanes = (images + kLanes - 1) / kLanes * kLanes;
+    group.lanes = round_up(images, kLanes);
     group.offset = offset;
     offset += group.lanes * problem.width;
   }
@@ -258,9 +255,8 @@ VLFAST_DISPATCH const float* in_float(const void* values, std::int64_t begin, st
 }
 
 VLFAST_DISPATCH void scatter(const float* scores, std::int64_t lanes, std::int64_t count,
-                             float scale, std::int64_t images, float* const* teachers,
-                             std::int64_t begin) {
-  for (std::int64_t i = 0; i < images; ++i) {
+                             float scale, const std::vector<float*>& teachers, std::int64_t begin) {
+  for (std::size_t i = 0; i < teachers.size(); ++i) {
     float* __restrict to = teachers[i] + begin;
     for (std::int64_t c = 0; c < count; ++c) to[c] = scale * scores[c * lanes + i];
   }
@@ -271,17 +267,13 @@ void teacher_logits(const GatedMixture& problem, const Group& group, const float
                     std::int64_t begin, std::int64_t end) {
   thread_local std::vector<float> text, scores;
   const std::int64_t width = problem.width, count = end - begin;
-  Scores by{};
-  by.queries = packed + group.offset;
-  by.lanes = group.lanes;
-  by.words = in_float(problem.text_features, (group.head * problem.classes + begin) * width,
-                      count * width, problem.text_dtype, text);
-  by.count = count;
-  by.width = width;
-  by.scores = at_least(scores, count * group.lanes);
-  score_words(by);
-  scatter(by.scores, by.lanes, count, static_cast<float>(problem.logit_scale), group.images.size(),
-          group.teachers.data(), begin);
+  const float* words =
+      in_float(problem.text_features, (group.head * problem.classes + begin) * width, count * width,
+               problem.text_dtype, text);
+  float* const results = at_least(scores, count * group.lanes);
+  score_words({packed + group.offset, group.lanes, words, count, width, results});
+  scatter(results, group.lanes, count, static_cast<float>(problem.logit_scale), group.teachers,
+          begin);
 }
 
 }  // namespace
@@ -294,23 +286,32 @@ void gated_mixture_cpu(const GatedMixture& problem, int threads) {
   if (images * top_k * classes < kSerialLogits) threads = 1;
   threads = std::max(threads, 1);
 
+  // Scratch is kept between calls: fresh blocks of this size would be paged in anew each time.
+  thread_local std::vector<float> gate_kept, scores_kept, packed_kept, teachers_kept;
+  const std::int64_t gate_lanes = round_up(heads, kLanes);
+  float* const gate = at_least(gate_kept, width * gate_lanes);
+  for (std::int64_t w = 0; w < width; ++w) {
+    std::copy_n(problem.gate + w * heads, heads, gate + w * gate_lanes);
+    std::fill_n(gate + w * gate_lanes + heads, gate_lanes - heads, 0.0f);
+  }
+  float* const scores = at_least(scores_kept, images * gate_lanes);
   std::vector<std::int64_t> selected(images * top_k);
   std::vector<float> weights(images * top_k);
+  const std::int64_t image_blocks = round_up(images, kImageBlock) / kImageBlock;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-  for (std::int64_t b = 0; b < images; ++b) {
-    thread_local std::vector<float> scores;
-    scores.resize(heads);
-    gate_scores(problem.image_features + b * width, problem.gate, width, heads, scores.data());
-    select(scores.data(), heads, top_k, &selected[b * top_k], &weights[b * top_k]);
+  for (std::int64_t block = 0; block < image_blocks; ++block) {
+    const std::int64_t begin = block * kImageBlock, end = std::min(begin + kImageBlock, images);
+    score_words({gate, gate_lanes, problem.image_features + begin * width, end - begin, width,
+                 scores + begin * gate_lanes});
+    for (std::int64_t b = begin; b < end; ++b)
+      select(scores + b * gate_lanes, heads, top_k, &selected[b * top_k], &weights[b * top_k]);
   }
 
-  const std::int64_t chunk = std::clamp<std::int64_t>(kChunkLogits / (top_k * classes), 1,
-                                                      std::max<std::int64_t>(images, 1));
-  // Kept between calls: fresh blocks of this size would be paged in anew each time.
-  thread_local std::vector<float> teachers_kept, packed_kept;
+  const std::int64_t chunk = std::clamp<std::int64_t>(
+      kChunkLogits / (top_k * classes), 1, std::clamp<std::int64_t>(images, 1, kChunkImages));
   float* const teachers = at_least(teachers_kept, chunk * top_k * classes);
   float* const packed = at_least(packed_kept, (chunk * top_k + heads * (kLanes - 1)) * width);
-  const std::int64_t blocks = (classes + kClassBlock - 1) / kClassBlock;
+  const std::int64_t blocks = round_up(classes, kClassBlock) / kClassBlock;
   for (std::int64_t begin = 0; begin < images; begin += chunk) {
     const std::int64_t end = std::min(begin + chunk, images);
     const std::vector<Group> groups = group_by_head(problem, selected.data(), begin, end, teachers);
@@ -328,16 +329,16 @@ void gated_mixture_cpu(const GatedMixture& problem, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (std::int64_t b = begin; b < end; ++b) {
       thread_local std::vector<float> scratch;
-      float* const blocks = at_least(scratch, 2 * (classes + top_k));
+      float* const rows = at_least(scratch, 2 * (classes + top_k));
       Image image{};
       image.student = problem.student_logits + b * classes;
       image.teachers = teachers + (b - begin) * top_k * classes;
       image.weights = &weights[b * top_k];
       image.label = problem.labels[b];
-      image.student_exps = blocks;
-      image.teacher_exps = blocks + classes;
-      image.divergences = blocks + 2 * classes;
-      image.cross_entropies = blocks + 2 * classes + top_k;
+      image.student_exps = rows;
+      image.teacher_exps = rows + classes;
+      image.divergences = rows + 2 * classes;
+      image.cross_entropies = rows + 2 * classes + top_k;
       float* to_scores[2] = {};
       if (problem.distillation_to_student) {
         image.to_student = problem.distillation_to_student + b * classes;
