@@ -6,6 +6,8 @@
 
 #include "vlfast/inline.h"
 
+// Numbers one at a time, in code that vectorises.
+
 namespace vlfast {
 
 struct BFloat16 {
