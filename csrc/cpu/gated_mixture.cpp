@@ -125,16 +125,16 @@ VLFAST_INLINE float divergence(Distribution teacher, Distribution student, float
   const float* __restrict student_exps = student.exps;
   const float to_p = 1 / teacher.sum, to_q = 1 / student.sum;
   const float log_ratio = std::log(student.sum / teacher.sum);
+  const float top_gap = teacher.top - student.top;
   float sum = 0;
   for (std::int64_t begin = 0; begin < classes; begin += kSumBlock) {
     const std::int64_t end = std::min(begin + kSumBlock, classes);
     float part = 0;
 #pragma omp simd reduction(+ : part)
     for (std::int64_t c = begin; c < end; ++c) {
-      const float v = teacher_logits[c] - teacher.top;
-      const float u = student_logits[c] - student.top;
+      const float gap = (teacher_logits[c] - student_logits[c]) - top_gap;
       const KLTerms<float> terms =
-          kl_terms(teacher_exps[c] * to_p, student_exps[c] * to_q, (v - u) * scale + log_ratio);
+          kl_terms(teacher_exps[c] * to_p, student_exps[c] * to_q, gap * scale + log_ratio);
       part += terms.forward;
       if (kGradient) gradient[c] += weight * terms.difference;
     }

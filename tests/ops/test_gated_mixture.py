@@ -384,8 +384,8 @@ class TestKernelAccuracy:
         truth = (p * (teacher.double() - student.double())).sum(-1)
         truth -= teacher.double().logsumexp(-1) - student.double().logsumexp(-1)
         assert truth.max() < 1e-7
-        assert_close(distillation, truth, 1e-3)
-        assert_close(to_student, q - p, 1e-3)
+        assert_close(distillation, truth, 1e-4)
+        assert_close(to_student, q - p, 1e-2)
 
     @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
     def test_ties_go_to_the_smaller_index(self, dtype):
@@ -623,7 +623,9 @@ class TestInPyTorch:
                     for tensor in (arguments["image_features"], student, arguments["labels"]):
                         torch._dynamo.mark_dynamic(tensor, 0)
                 outputs = function(arguments, gate, student)
-                results.append([*outputs, *gradients(outputs, (gate, student))])
+                upstream = [normal(*x.shape, seed=i, dtype=F32) for i, x in enumerate(outputs)]
+                torch.autograd.backward(outputs, upstream)
+                results.append([*(x.detach() for x in outputs), gate.grad, student.grad])
             for eager, traced in zip(*results, strict=True):
                 torch.testing.assert_close(eager, traced, rtol=1e-5, atol=1e-6)
 
