@@ -4,6 +4,7 @@
 
 #include "cpu/dispatch.h"
 #include "vlfast/gated_mixture.h"
+#include "vlfast/perplexity.h"
 #include "vlfast/symmetric_kl.h"
 
 namespace py = pybind11;
@@ -43,6 +44,43 @@ void define_symmetric_kl(py::module_& module, const char* name, Solve solve) {
         problem.gradient = pointer(gradient);
         problem.gradient_of_scale = pointer(gradient_of_scale);
         solve(problem, last);
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
+// `solve` takes the problem and the arguments after it: the number of threads, or the workspace and
+// the stream.
+template <typename... Last, typename Solve>
+void define_perplexity(py::module_& module, const char* name, Solve solve) {
+  module.def(
+      name,
+      [solve](int embedding_dtype, std::int64_t rows, std::int64_t words, std::int64_t width,
+              std::int64_t top_k, Address prompts, Address hidden, Address embedding,
+              Address vocabulary, Address inverse_norms, double temperature_factor,
+              Address temperature, bool detach_targets, Address perplexity, Address inverted,
+              Address perplexity_to_hidden, Address inverted_to_prompts,
+              Address perplexity_to_prompts, Address inverted_to_hidden, Last... last) {
+        vlfast::Perplexity problem{};
+        problem.embedding_dtype = static_cast<vlfast::DType>(embedding_dtype);
+        problem.rows = rows;
+        problem.words = words;
+        problem.width = width;
+        problem.top_k = top_k;
+        problem.prompts = static_cast<const float*>(pointer(prompts));
+        problem.hidden = static_cast<const float*>(pointer(hidden));
+        problem.embedding = pointer(embedding);
+        problem.vocabulary = static_cast<const bool*>(pointer(vocabulary));
+        problem.inverse_norms = static_cast<const float*>(pointer(inverse_norms));
+        problem.temperature_factor = temperature_factor;
+        problem.temperature = static_cast<const float*>(pointer(temperature));
+        problem.detach_targets = detach_targets;
+        problem.perplexity = static_cast<float*>(pointer(perplexity));
+        problem.inverted = static_cast<float*>(pointer(inverted));
+        problem.perplexity_to_hidden = static_cast<float*>(pointer(perplexity_to_hidden));
+        problem.inverted_to_prompts = static_cast<float*>(pointer(inverted_to_prompts));
+        problem.perplexity_to_prompts = static_cast<float*>(pointer(perplexity_to_prompts));
+        problem.inverted_to_hidden = static_cast<float*>(pointer(inverted_to_hidden));
+        return solve(problem, last...);
       },
       py::call_guard<py::gil_scoped_release>());
 }
@@ -97,11 +135,18 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "The kernels of vlfast, on raw pointers.";
   module.def("build_config", &build_config);
   define_symmetric_kl<int>(module, "symmetric_kl_cpu", &vlfast::symmetric_kl_cpu);
+  define_perplexity<int>(module, "perplexity_cpu", &vlfast::perplexity_cpu);
   module.def("gated_mixture_cpu", &gated_mixture_cpu, py::call_guard<py::gil_scoped_release>());
 #ifdef VLFAST_HAS_CUDA
   define_symmetric_kl<Address>(module, "symmetric_kl_cuda",
                                [](const vlfast::SymmetricKL& problem, Address stream) {
                                  vlfast::symmetric_kl_cuda(problem, pointer(stream));
                                });
+  define_perplexity<>(module, "perplexity_cuda_workspace", &vlfast::perplexity_cuda_workspace);
+  define_perplexity<Address, Address>(
+      module, "perplexity_cuda",
+      [](const vlfast::Perplexity& problem, Address workspace, Address stream) {
+        vlfast::perplexity_cuda(problem, pointer(workspace), pointer(stream));
+      });
 #endif
 }

@@ -14,6 +14,8 @@ from .. import _extension
 
 # The function of vlfast._C that serves an op on a type of device.
 KERNELS = {
+    ("perplexity", "cpu"): "perplexity_cpu",
+    ("perplexity", "cuda"): "perplexity_cuda",
     ("symmetric_kl", "cpu"): "symmetric_kl_cpu",
     ("symmetric_kl", "cuda"): "symmetric_kl_cuda",
     ("gated_mixture", "cpu"): "gated_mixture_cpu",

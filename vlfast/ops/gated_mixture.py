@@ -307,25 +307,24 @@ def gated_mixture_cuda(
 ) -> tuple[Tensor, ...]:
     from .triton.gated_mixture import gated_mixture
 
-    # A tensor stays on the GPU, where the kernel reads it.
-    numbers = [
-        factor if number is None else number.to(gate.device, torch.float32) * factor
-        for number, factor in (
-            (logit_scale, logit_scale_factor),
-            (temperature, temperature_factor),
-        )
-    ]
-    with torch.cuda.device(gate.device):
-        return gated_mixture(
-            image_features,
-            gate,
-            hard_text_features,
-            student_logits,
-            labels,
-            *numbers,
-            top_k,
-            with_gradient,
-        )
+    return gated_mixture(
+        image_features,
+        gate,
+        hard_text_features,
+        student_logits,
+        labels,
+        number_on_gpu(logit_scale, logit_scale_factor),
+        number_on_gpu(temperature, temperature_factor),
+        top_k,
+        with_gradient,
+    )
+
+
+def number_on_gpu(number: Tensor | None, factor: float) -> Tensor | float:
+    """Their product. A tensor stays on the GPU, where the kernel reads it."""
+    if number is None:
+        return factor
+    return number if factor == 1 else number * factor
 
 
 def gated_mixture_fake(

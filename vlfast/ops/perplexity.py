@@ -5,17 +5,22 @@ Method: PLPP, arXiv 2412.15277.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .._extension import extension
 from . import checks, reference
-from .backends import reference_must_serve
+from .backends import kernel_serves, reference_must_serve
 
 REDUCTIONS = ("none", "mean", "sum")
-# Scores over the vocabulary are held for this many rows at a time, 13 MB each at V = 49408 in fp32.
+# The dtypes of embeddings that the kernels read, as csrc/include/vlfast/dtype.h has them.
+DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
+KERNEL_TOP_K = 64
+# In plain PyTorch, scores over the vocabulary are held for this many rows at a time, 13 MB each at
+# V = 49408 in fp32.
 ROWS_PER_CHUNK = 64
 # Up to this many words a row, their embeddings are gathered; above it, a product over V is cheaper.
 GATHERED_TOP_K = 64
@@ -138,23 +143,24 @@ def plpp_terms(
             vocabulary,
             inverse_norms,
         )
-    dtype = reference.accumulation_dtype(prompts, hidden, embedding)
-    words, cosines, logits, log_normaliser = VocabularyScores.apply(
-        reference.unit_rows(prompts.to(dtype)),
-        hidden.to(dtype),
+    is_tensor = isinstance(temperature, Tensor)
+    arguments = (
+        prompts,
+        hidden,
         embedding,
-        top_k,
         vocabulary,
         inverse_norms,
-    )
-    return reference.perplexity_from_scores(
-        cosines,
-        logits,
-        log_normaliser,
-        reference.in_dtype(temperature, dtype),
+        temperature if is_tensor else None,
+        1.0 if is_tensor else float(temperature),
+        top_k,
         detach_targets,
-        None if vocabulary is None else vocabulary[words],
     )
+    prompts_learn, hidden_learn = (
+        x.requires_grad and torch.is_grad_enabled() for x in (prompts, hidden)
+    )
+    if prompts_learn or hidden_learn:
+        return Perplexity.apply(*arguments, prompts_learn, hidden_learn)
+    return torch.ops.vlfast.perplexity(*arguments, False, False)[:2]
 
 
 def check_arguments(
@@ -204,97 +210,367 @@ def check_arguments(
         checks.check_top_k(top_k, counted, "the words that vocabulary counts")
 
 
-class VocabularyScores(torch.autograd.Function):
-    """The top-k words of each row, their cosines and logits, and the log-normaliser over V.
-
-    Keeps [M, d] and [M, k] for the backward, never [M, V]: the gradient of the log-normaliser is
-    the expected embedding, which the forward has at hand. Gradients go to units and hidden.
-    """
+class Perplexity(torch.autograd.Function):
+    """The op and its gradients, which the forward has already computed for upstreams of 1."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        units: Tensor,
+        prompts: Tensor,
         hidden: Tensor,
         embedding: Tensor,
-        top_k: int,
         vocabulary: Tensor | None,
         inverse_norms: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        table = embedding.to(hidden.dtype)
-        scale = reference.inverse_norm(table) if inverse_norms is None else inverse_norms
-        scale = scale.to(hidden.dtype)
-        needs_expected = ctx.needs_input_grad[1]
-        chunks = []
-        with reference.without_autocast(table):
-            for start in range(0, len(units), ROWS_PER_CHUNK):
-                rows = slice(start, start + ROWS_PER_CHUNK)
-                chunks.append(
-                    score_rows(
-                        units[rows], hidden[rows], table, scale, top_k, vocabulary, needs_expected
-                    )
-                )
-        words, cosines, logits, log_normaliser, expected = (
-            torch.cat(parts) for parts in zip(*chunks, strict=True)
+        temperature: Tensor | None,
+        temperature_factor: float,
+        top_k: int,
+        detach_targets: bool,
+        prompts_gradient: bool,
+        hidden_gradient: bool,
+    ) -> tuple[Tensor, Tensor]:
+        perplexity, inverted, *gradients = torch.ops.vlfast.perplexity(
+            prompts,
+            hidden,
+            embedding,
+            vocabulary,
+            inverse_norms,
+            temperature,
+            temperature_factor,
+            top_k,
+            detach_targets,
+            prompts_gradient,
+            hidden_gradient,
         )
-        ctx.mark_non_differentiable(words)
-        ctx.save_for_backward(words, scale[words], expected, embedding)
-        return words, cosines, logits, log_normaliser
+        ctx.save_for_backward(*gradients)
+        ctx.prompts_dtype, ctx.hidden_dtype = prompts.dtype, hidden.dtype
+        ctx.detach_targets = detach_targets
+        return perplexity, inverted
 
     @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, _: Any, of_cosines: Tensor, of_logits: Tensor, of_normaliser: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
-        words, scale, expected, embedding = ctx.saved_tensors
-        for_units = for_hidden = None
+    def backward(ctx: Any, of_perplexity: Tensor, of_inverted: Tensor) -> tuple[Tensor | None, ...]:
+        # once_differentiable would be silent here: the saved gradients carry no graph of their own.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "plpp_loss: create_graph=True needs the reference; compute the loss under "
+                "vlfast.ops.backends.reference_only()"
+            )
+        (
+            perplexity_to_hidden,
+            inverted_to_prompts,
+            perplexity_to_prompts,
+            inverted_to_hidden,
+        ) = ctx.saved_tensors
+        for_prompts = for_hidden = None
         if ctx.needs_input_grad[0]:
-            for_units = weighted_embeddings(of_cosines * scale, words, embedding)
+            for_prompts = of_inverted[:, None] * inverted_to_prompts
+            if not ctx.detach_targets:
+                for_prompts = for_prompts + of_perplexity[:, None] * perplexity_to_prompts
+            for_prompts = for_prompts.to(ctx.prompts_dtype)
         if ctx.needs_input_grad[1]:
-            for_hidden = weighted_embeddings(of_logits, words, embedding)
-            for_hidden = for_hidden + of_normaliser[:, None] * expected
-        return for_units, for_hidden, None, None, None, None
+            for_hidden = of_perplexity[:, None] * perplexity_to_hidden
+            if not ctx.detach_targets:
+                for_hidden = for_hidden + of_inverted[:, None] * inverted_to_hidden
+            for_hidden = for_hidden.to(ctx.hidden_dtype)
+        return for_prompts, for_hidden, *[None] * 9
 
 
-def score_rows(
-    units: Tensor,
+LIBRARY = torch.library.Library("vlfast", "FRAGMENT")
+LIBRARY.define(
+    "perplexity(Tensor prompts, Tensor hidden, Tensor embedding, Tensor? vocabulary, "
+    "Tensor? inverse_norms, Tensor? temperature, float temperature_factor, SymInt top_k, "
+    "bool detach_targets, bool prompts_gradient, bool hidden_gradient) "
+    # [M] each.
+    "-> (Tensor perplexity, Tensor inverted, "
+    # [M, d] each, or empty: the first and the last for hidden_gradient, the others for
+    # prompts_gradient, the last two only without detach_targets.
+    "Tensor perplexity_to_hidden, Tensor inverted_to_prompts, "
+    "Tensor perplexity_to_prompts, Tensor inverted_to_hidden)"
+)
+
+
+def perplexity_cpu(
+    prompts: Tensor,
+    hidden: Tensor,
+    embedding: Tensor,
+    vocabulary: Tensor | None,
+    inverse_norms: Tensor | None,
+    temperature: Tensor | None,
+    temperature_factor: float,
+    top_k: int,
+    detach_targets: bool,
+    prompts_gradient: bool,
+    hidden_gradient: bool,
+) -> tuple[Tensor, ...]:
+    if not kernel_can_serve(prompts, hidden, embedding, top_k):
+        return perplexity_in_pytorch(
+            prompts,
+            hidden,
+            embedding,
+            vocabulary,
+            inverse_norms,
+            temperature,
+            temperature_factor,
+            top_k,
+            detach_targets,
+            prompts_gradient,
+            hidden_gradient,
+        )
+    inputs = as_the_kernels_take(prompts, hidden, embedding, vocabulary, inverse_norms)
+    results = empty_results(
+        prompts, torch.float32, detach_targets, prompts_gradient, hidden_gradient
+    )
+    extension().perplexity_cpu(
+        DTYPES[embedding.dtype],
+        len(prompts),
+        *embedding.shape,
+        top_k,
+        *addresses(inputs),
+        temperature_factor if temperature is None else temperature_factor * temperature.item(),
+        0,
+        detach_targets,
+        *addresses(results),
+        torch.get_num_threads(),
+    )
+    return results
+
+
+def perplexity_cuda(
+    prompts: Tensor,
+    hidden: Tensor,
+    embedding: Tensor,
+    vocabulary: Tensor | None,
+    inverse_norms: Tensor | None,
+    temperature: Tensor | None,
+    temperature_factor: float,
+    top_k: int,
+    detach_targets: bool,
+    prompts_gradient: bool,
+    hidden_gradient: bool,
+) -> tuple[Tensor, ...]:
+    device = prompts.device
+    if kernel_can_serve(prompts, hidden, embedding, top_k):
+        inputs = as_the_kernels_take(prompts, hidden, embedding, vocabulary, inverse_norms)
+        # The temperature stays on the GPU, where the kernel reads it.
+        scale = None if temperature is None else temperature.to(device, torch.float32)
+        results = empty_results(
+            prompts, torch.float32, detach_targets, prompts_gradient, hidden_gradient
+        )
+        problem = (
+            DTYPES[embedding.dtype],
+            len(prompts),
+            *embedding.shape,
+            top_k,
+            *addresses(inputs),
+            temperature_factor,
+            *addresses([scale]),
+            detach_targets,
+            *addresses(results),
+        )
+        with torch.cuda.device(device):
+            workspace_size = extension().perplexity_cuda_workspace(*problem)
+            if workspace_size:
+                workspace = torch.empty(workspace_size, dtype=torch.uint8, device=device)
+                stream = torch.cuda.current_stream(device).cuda_stream
+                extension().perplexity_cuda(*problem, workspace.data_ptr(), stream)
+                return results
+    return perplexity_in_pytorch(
+        prompts,
+        hidden,
+        embedding,
+        vocabulary,
+        inverse_norms,
+        temperature,
+        temperature_factor,
+        top_k,
+        detach_targets,
+        prompts_gradient,
+        hidden_gradient,
+    )
+
+
+def perplexity_fake(
+    prompts: Tensor,
+    hidden: Tensor,
+    embedding: Tensor,
+    vocabulary: Tensor | None,
+    inverse_norms: Tensor | None,
+    temperature: Tensor | None,
+    temperature_factor: float,
+    top_k: int,
+    detach_targets: bool,
+    prompts_gradient: bool,
+    hidden_gradient: bool,
+) -> tuple[Tensor, ...]:
+    dtype = reference.accumulation_dtype(prompts, hidden, embedding)
+    return empty_results(prompts, dtype, detach_targets, prompts_gradient, hidden_gradient)
+
+
+def kernel_can_serve(prompts: Tensor, hidden: Tensor, embedding: Tensor, top_k: int) -> bool:
+    """Whether there is a kernel for these dtypes and sizes, here."""
+    dtype = reference.accumulation_dtype(prompts, hidden, embedding)
+    if dtype != torch.float32 or embedding.dtype not in DTYPES:
+        return False
+    if len(prompts) == 0 or top_k > KERNEL_TOP_K:
+        return False
+    return kernel_serves("perplexity", embedding)
+
+
+def as_the_kernels_take(
+    prompts: Tensor,
+    hidden: Tensor,
+    embedding: Tensor,
+    vocabulary: Tensor | None,
+    inverse_norms: Tensor | None,
+) -> list[Tensor | None]:
+    """All contiguous, and all numbers but the embedding in fp32."""
+    return [
+        prompts.float().contiguous(),
+        hidden.float().contiguous(),
+        embedding.contiguous(),
+        None if vocabulary is None else vocabulary.contiguous(),
+        None if inverse_norms is None else inverse_norms.float().contiguous(),
+    ]
+
+
+def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    """The address of each tensor's data, 0 of what is missing or empty."""
+    return [0 if x is None or not x.numel() else x.data_ptr() for x in tensors]
+
+
+def empty_results(
+    prompts: Tensor,
+    dtype: torch.dtype,
+    detach_targets: bool,
+    prompts_gradient: bool,
+    hidden_gradient: bool,
+) -> tuple[Tensor, ...]:
+    """Room for both terms and the four gradients, as the op returns them."""
+    wanted = (
+        hidden_gradient,
+        prompts_gradient,
+        prompts_gradient and not detach_targets,
+        hidden_gradient and not detach_targets,
+    )
+    terms = [prompts.new_empty(len(prompts), dtype=dtype) for _ in range(2)]
+    gradients = [
+        prompts.new_empty(prompts.shape if is_wanted else (0, 0), dtype=dtype)
+        for is_wanted in wanted
+    ]
+    return (*terms, *gradients)
+
+
+def perplexity_in_pytorch(
+    prompts: Tensor,
+    hidden: Tensor,
+    embedding: Tensor,
+    vocabulary: Tensor | None,
+    inverse_norms: Tensor | None,
+    temperature: Tensor | None,
+    temperature_factor: float,
+    top_k: int,
+    detach_targets: bool,
+    prompts_gradient: bool,
+    hidden_gradient: bool,
+) -> tuple[Tensor, ...]:
+    """The op where no kernel serves: a few rows at a time, so that [M, V] is never held."""
+    dtype = reference.accumulation_dtype(prompts, hidden, embedding)
+    results = empty_results(prompts, dtype, detach_targets, prompts_gradient, hidden_gradient)
+    table = embedding.to(dtype)
+    scale = reference.inverse_norm(table) if inverse_norms is None else inverse_norms.to(dtype)
+    if temperature is None:
+        temperature = temperature_factor
+    else:
+        temperature = temperature.to(dtype) * temperature_factor
+    with reference.without_autocast(table):
+        for start in range(0, len(prompts), ROWS_PER_CHUNK):
+            rows = slice(start, start + ROWS_PER_CHUNK)
+            solve_rows(
+                prompts[rows].to(dtype),
+                hidden[rows].to(dtype),
+                table,
+                vocabulary,
+                scale,
+                temperature,
+                top_k,
+                [x[rows] if x.numel() else None for x in results],
+            )
+    return results
+
+
+def solve_rows(
+    prompts: Tensor,
     hidden: Tensor,
     table: Tensor,
-    scale: Tensor,
-    top_k: int,
     vocabulary: Tensor | None,
-    needs_expected: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Words, cosines, logits [m, k], log-normaliser [m], expected embedding [m, d] or [m, 0]."""
-    cosines = units @ table.T * scale
-    if vocabulary is not None:
-        cosines = cosines.masked_fill(~vocabulary, -torch.inf)
-    words = reference.smallest_index_topk(cosines, top_k)
-    cosines = cosines.gather(1, words)
+    scale: Tensor,
+    temperature: Tensor | float,
+    top_k: int,
+    results: list[Tensor | None],
+) -> None:
+    """Write the results of a few rows, None where one is not wanted."""
+    (
+        for_perplexity,
+        for_inverted,
+        perplexity_to_hidden,
+        inverted_to_prompts,
+        perplexity_to_prompts,
+        inverted_to_hidden,
+    ) = results
+    units = reference.unit_rows(prompts)
+    all_cosines = units @ table.T * scale
     all_logits = hidden @ table.T
     if vocabulary is not None:
+        all_cosines = all_cosines.masked_fill(~vocabulary, -torch.inf)
         all_logits = all_logits.masked_fill(~vocabulary, -torch.inf)
+    words = reference.smallest_index_topk(all_cosines, top_k)
     logits = all_logits.gather(1, words)
-    log_normaliser = all_logits.logsumexp(1)
-    if needs_expected:
-        expected = (all_logits - log_normaliser[:, None]).exp() @ table
-    else:
-        expected = hidden.new_empty(len(hidden), 0)
-    return words, cosines, logits, log_normaliser, expected
+    log_normaliser = all_logits.logsumexp(1, keepdim=True)
+    log_labels = (all_cosines.gather(1, words) / temperature).log_softmax(1)
+    log_renormalised = logits.log_softmax(1)
+    log_probabilities = logits - log_normaliser
+    labels, renormalised = log_labels.exp(), log_renormalised.exp()
+    if vocabulary is not None:
+        # Words that do not count may be there to fill a row; they have no part in its sums.
+        counted = vocabulary[words]
+        labels, log_labels, renormalised, log_probabilities = (
+            x.where(counted, 0) for x in (labels, log_labels, renormalised, log_probabilities)
+        )
+    perplexity = -(labels * log_probabilities).sum(1, keepdim=True)
+    inverted = -(renormalised * log_labels).sum(1, keepdim=True)
+    for_perplexity.copy_(perplexity[:, 0])
+    for_inverted.copy_(inverted[:, 0])
+
+    if perplexity_to_hidden is not None:
+        expected = (all_logits - log_normaliser).exp() @ table
+        torch.sub(expected, weighted_embeddings(labels, words, table), out=perplexity_to_hidden)
+    if inverted_to_hidden is not None:
+        of_logits = -renormalised * (log_labels + inverted)
+        inverted_to_hidden.copy_(weighted_embeddings(of_logits, words, table))
+    scale = scale[words] / temperature
+    if inverted_to_prompts is not None:
+        of_units = weighted_embeddings((labels - renormalised) * scale, words, table)
+        inverted_to_prompts.copy_(through_unit_rows(of_units, prompts, units))
+    if perplexity_to_prompts is not None:
+        of_cosines = -labels * (log_probabilities + perplexity)
+        of_units = weighted_embeddings(of_cosines * scale, words, table)
+        perplexity_to_prompts.copy_(through_unit_rows(of_units, prompts, units))
 
 
-def weighted_embeddings(weights: Tensor, words: Tensor, embedding: Tensor) -> Tensor:
-    """The sum over k of weights[:, k] * embedding[words[:, k]], in the dtype of weights: [M, d]."""
-    gathers = words.shape[1] <= GATHERED_TOP_K
-    table = embedding if gathers else embedding.to(weights.dtype)
-    chunks = []
-    with reference.without_autocast(embedding):
-        for start in range(0, len(words), ROWS_PER_CHUNK):
-            rows = slice(start, start + ROWS_PER_CHUNK)
-            chosen, factors = words[rows], weights[rows]
-            if gathers:
-                chunks.append((factors[:, None] @ table[chosen].to(factors.dtype))[:, 0])
-            else:
-                spread = factors.new_zeros(len(chosen), len(table)).scatter(1, chosen, factors)
-                chunks.append(spread @ table)
-    return torch.cat(chunks)
+def weighted_embeddings(weights: Tensor, words: Tensor, table: Tensor) -> Tensor:
+    """The sum over k of weights[:, k] * table[words[:, k]]: [m, d]."""
+    if words.shape[1] <= GATHERED_TOP_K:
+        return (weights[:, None] @ table[words])[:, 0]
+    return weights.new_zeros(len(words), len(table)).scatter(1, words, weights) @ table
+
+
+def through_unit_rows(of_units: Tensor, rows: Tensor, units: Tensor) -> Tensor:
+    """The gradient to rows of reference.unit_rows(rows), whose result is ``units``."""
+    norms = rows.norm(dim=-1, keepdim=True)
+    across = of_units - units * (units * of_units).sum(1, keepdim=True)
+    return torch.where(norms <= reference.NORM_FLOOR, 0, across / norms)
+
+
+LIBRARY.impl("perplexity", perplexity_cpu, "CPU")
+LIBRARY.impl("perplexity", perplexity_cuda, "CUDA")
+LIBRARY.impl("perplexity", perplexity_in_pytorch, "CompositeExplicitAutograd")
+torch.library.register_fake("vlfast::perplexity", perplexity_fake, lib=LIBRARY)
