@@ -216,7 +216,7 @@ class GatedMixture(torch.autograd.Function):
         )
         ctx.save_for_backward(image_features, *of_rows)
         ctx.gate_dtype, ctx.student_dtype = gate.dtype, student_logits.dtype
-        # A loss that is not used adds nothing to the gradients, even where it is NaN.
+        # Without zeros in its place, a loss that is not used adds nothing, even where it is NaN.
         ctx.set_materialize_grads(False)
         return distillation, selection
 
@@ -233,11 +233,15 @@ class GatedMixture(torch.autograd.Function):
         image_features, to_student, distillation_to_scores, selection_to_scores = ctx.saved_tensors
         for_gate = for_student = None
         if ctx.needs_input_grad[1]:
-            for_scores = torch.zeros_like(distillation_to_scores)
-            if of_distillation is not None:
-                for_scores = for_scores + distillation_to_scores * of_distillation[:, None]
-            if of_selection is not None:
-                for_scores = for_scores + selection_to_scores * of_selection[:, None]
+            shares = [
+                to_scores * upstream[:, None]
+                for to_scores, upstream in (
+                    (distillation_to_scores, of_distillation),
+                    (selection_to_scores, of_selection),
+                )
+                if upstream is not None
+            ]
+            for_scores = shares[0] if len(shares) == 1 else shares[0] + shares[1]
             with reference.without_autocast(for_scores):
                 for_gate = (image_features.to(for_scores.dtype).T @ for_scores).to(ctx.gate_dtype)
         if ctx.needs_input_grad[3] and of_distillation is not None:
