@@ -38,7 +38,7 @@ constexpr std::int64_t kWordTile = 12;
 // Words whose embeddings are gathered at a time.
 constexpr std::int64_t kGathered = 64;
 
-constexpr double kNormFloor = 1e-12;
+constexpr float kNormFloor = 1e-12f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -49,6 +49,9 @@ struct Candidate {
   std::int64_t word;
 };
 
+// Room for the candidates of a row: surplus ones are dropped many at a time.
+std::int64_t list_size(std::int64_t top_k) { return top_k + std::min(top_k, 128 + top_k / 8); }
+
 bool before(const Candidate& a, const Candidate& b) {
   return a.cosine > b.cosine || (a.cosine == b.cosine && a.word < b.word);
 }
@@ -58,9 +61,9 @@ struct Tile {
   float top[kTileRows];        // of the logits
   double sum[kTileRows];       // of exp(logit - top)
   float* expected;             // [rows, width], the sum of exp(logit - top) * embedding; or null
-  float threshold[kTileRows];  // cosines up to this one are not among the largest
+  float threshold[kTileRows];  // later words with a cosine up to this one are not of K
   std::int64_t found[kTileRows];
-  Candidate* candidates;  // [rows, top_k], `found` of each row, in order
+  Candidate* candidates;  // [rows, list_size], the first `found` of each row
 };
 
 // How a problem is cut up.
@@ -114,14 +117,12 @@ VLFAST_DISPATCH void invert_norms(const float* words, std::int64_t count, std::i
     float squares = 0;
 #pragma omp simd reduction(+ : squares)
     for (std::int64_t d = 0; d < width; ++d) squares += word[d] * word[d];
-    // A NaN stays one.
     const float norm = std::sqrt(squares);
-    inverse_norms[w] =
-        1 / (norm < static_cast<float>(kNormFloor) ? static_cast<float>(kNormFloor) : norm);
+    inverse_norms[w] = 1 / (norm < kNormFloor ? kNormFloor : norm);
   }
 }
 
-// The rows of prompts over their norms, 0 where the norm is at most the floor, and hidden.
+// The rows of prompts over their norms (0 where the norm is at most the floor), and of hidden.
 void pack_tile(const Perplexity& problem, std::int64_t tile, double* norms, float* queries) {
   const std::int64_t rows = rows_of_tile(problem, tile), half = half_lanes(rows);
   const std::int64_t width = problem.width;
@@ -154,17 +155,18 @@ struct Scored {
   float* weights;  // [count, half the lanes], exp(logit - top)
 };
 
-void insert(Tile& tile, std::int64_t row, std::int64_t top_k, Candidate candidate) {
-  Candidate* list = tile.candidates + row * top_k;
-  std::int64_t& found = tile.found[row];
-  // After its equals: words come in order.
-  Candidate* place =
-      std::upper_bound(list, list + found, candidate.cosine,
-                       [](float cosine, const Candidate& other) { return cosine > other.cosine; });
-  if (found < top_k) ++found;
-  std::copy_backward(place, list + found - 1, list + found);
-  *place = candidate;
-  if (found == top_k) tile.threshold[row] = list[top_k - 1].cosine;
+// Leaves the top_k first candidates of a row, in any order.
+void drop_surplus(Tile& tile, std::int64_t row, std::int64_t top_k) {
+  if (tile.found[row] < top_k) return;
+  Candidate* list = tile.candidates + row * list_size(top_k);
+  std::nth_element(list, list + top_k - 1, list + tile.found[row], before);
+  tile.found[row] = top_k;
+  tile.threshold[row] = list[top_k - 1].cosine;
+}
+
+void add_candidate(Tile& tile, std::int64_t row, std::int64_t top_k, Candidate candidate) {
+  tile.candidates[row * list_size(top_k) + tile.found[row]++] = candidate;
+  if (tile.found[row] == list_size(top_k)) drop_surplus(tile, row, top_k);
 }
 
 template <int kHalf>
@@ -173,14 +175,12 @@ VLFAST_INLINE void pick_candidates(const Scored& by, Tile& tile) {
     if (by.vocabulary && !by.vocabulary[w]) continue;
     const float* cosines = by.scores + w * 2 * kHalf;
     const float scale = by.inverse_norms[w];
-    int beaten = 0;
+    unsigned beaten = 0;
 #pragma omp simd reduction(| : beaten)
-    for (int r = 0; r < kHalf; ++r) beaten |= cosines[r] * scale > tile.threshold[r];
-    if (!beaten) continue;
-    for (std::int64_t r = 0; r < by.rows; ++r) {
-      const float cosine = cosines[r] * scale;
-      if (cosine > tile.threshold[r])
-        insert(tile, r, by.top_k, {cosine, cosines[kHalf + r], by.first + w});
+    for (int r = 0; r < kHalf; ++r) beaten |= cosines[r] * scale > tile.threshold[r] ? 1u << r : 0u;
+    for (; beaten; beaten &= beaten - 1) {
+      const int r = __builtin_ctz(beaten);
+      add_candidate(tile, r, by.top_k, {cosines[r] * scale, cosines[kHalf + r], by.first + w});
     }
   }
 }
@@ -370,7 +370,7 @@ void finish_row(const Perplexity& problem, const Plan& plan, std::int64_t row, d
     const Tile& tile = tile_of_part(p);
     shares[p] = tile.top[r] == top ? 1 : std::exp(static_cast<double>(tile.top[r]) - top);
     sum += tile.sum[r] * shares[p];
-    const Candidate* list = tile.candidates + r * problem.top_k;
+    const Candidate* list = tile.candidates + r * list_size(problem.top_k);
     words.insert(words.end(), list, list + tile.found[r]);
   }
   const std::int64_t k = std::min<std::int64_t>(problem.top_k, words.size());
@@ -456,7 +456,7 @@ void solve(const Perplexity& problem, int threads) {
   const std::int64_t rows = problem.rows, width = problem.width, tasks = plan.groups * plan.parts;
   const auto queries = uninitialised<float>(plan.tiles * width * 2 * kTileRows);
   const auto norms = uninitialised<double>(rows);
-  const auto candidates = uninitialised<Candidate>(plan.parts * rows * problem.top_k);
+  const auto candidates = uninitialised<Candidate>(plan.parts * rows * list_size(problem.top_k));
   const auto expected =
       uninitialised<float>(problem.perplexity_to_hidden ? plan.parts * rows * width : 0);
   const auto tiles = uninitialised<Tile>(plan.parts * plan.tiles);
@@ -481,7 +481,7 @@ void solve(const Perplexity& problem, int threads) {
       for (std::int64_t t = first_tile; t < last_tile; ++t) {
         const std::int64_t first_row = part * rows + t * kTileRows;
         Tile& tile = tiles[part * plan.tiles + t];
-        tile.candidates = &candidates[first_row * problem.top_k];
+        tile.candidates = &candidates[first_row * list_size(problem.top_k)];
         tile.expected = problem.perplexity_to_hidden ? &expected[first_row * width] : nullptr;
         const std::int64_t tile_rows = rows_of_tile(problem, t);
         if (tile.expected) std::fill_n(tile.expected, tile_rows * width, 0.0f);
@@ -496,6 +496,10 @@ void solve(const Perplexity& problem, int threads) {
       }
       read_part<T>(problem, plan, part, first_tile, last_tile, queries.get(),
                    &tiles[part * plan.tiles]);
+      for (std::int64_t t = first_tile; t < last_tile; ++t) {
+        for (std::int64_t r = 0; r < rows_of_tile(problem, t); ++r)
+          drop_surplus(tiles[part * plan.tiles + t], r, problem.top_k);
+      }
       task_before = task;
     }
 

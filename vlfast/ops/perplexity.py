@@ -18,7 +18,10 @@ from .backends import kernel_serves, reference_must_serve
 REDUCTIONS = ("none", "mean", "sum")
 # The dtypes of embeddings that the kernels read, as csrc/include/vlfast/dtype.h has them.
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
-KERNEL_TOP_K = 64
+# Up to it the CPU kernel is at least 2.5 times as fast as plain PyTorch (at V = 49408, d = 512).
+# Above it the advantage wanes, and its candidates of many rows would take more than 100 MB. The
+# CUDA kernel has a lower limit of its own.
+KERNEL_TOP_K = 512
 # In plain PyTorch, scores over the vocabulary are held for this many rows at a time, 13 MB each at
 # V = 49408 in fp32.
 ROWS_PER_CHUNK = 64
@@ -97,7 +100,8 @@ def plpp_terms(
         hidden: [M, d] floating, the text encoder's states that predict them: after the final layer
             norm, before the projection, and one position earlier (the state at the start token
             belongs to the first vector).
-        embedding: [V, d] floating, the frozen token embedding.
+        embedding: [V, d] floating, the frozen token embedding. One that is not contiguous is
+            copied on every call.
         top_k: words in a soft label, from 1 (a hard label) to V. Ties: the smaller index.
         temperature: of the soft label, finite and > 0; a number or a 0-d tensor.
         detach_targets: no gradient through y in the perplexity term (it trains ``hidden`` alone),
@@ -118,9 +122,15 @@ def plpp_terms(
             range, or embedding, inverse_norms or temperature requires grad.
 
     A zero row has cosine 0 with everything, and a zero prompt vector gets no gradient from the
-    cosines. A value that is not finite in prompts or hidden gives NaN in its own row alone. What
-    is kept for the backward grows with M * d, not with M * V. Functorch transforms are served by
-    the reference, and so are second derivatives under ``vlfast.ops.backends.reference_only()``.
+    cosines. A value that is not finite in prompts or hidden gives NaN in its own row alone. The
+    memory in use grows with M * d, not with M * V. The values of tensors on the GPU are not read
+    by the host.
+
+    The gradients are computed along with the terms, in one read of the embedding. fp64, a
+    ``top_k`` above KERNEL_TOP_K and other devices than CPU and CUDA are served by plain PyTorch,
+    64 rows at a time, and functorch transforms by the reference. For second derivatives compute
+    the loss under ``vlfast.ops.backends.reference_only()``; without it, create_graph=True raises
+    RuntimeError.
 
     Source: PLPP, arXiv 2412.15277, which derives labels from the cosine of prompts and token
     embeddings, softens them, keeps the k largest, and predicts with a training-free language-model
@@ -459,6 +469,7 @@ def empty_results(
     return (*terms, *gradients)
 
 
+@torch.no_grad()
 def perplexity_in_pytorch(
     prompts: Tensor,
     hidden: Tensor,
