@@ -48,6 +48,10 @@ using Vector16 = float __attribute__((vector_size(16)));
 constexpr std::int64_t kDepth = 512;
 constexpr std::int64_t kCacheLine = 16;
 
+// Sums are taken over so many terms, then over those: long ones keep the rounding errors of short
+// ones.
+constexpr std::int64_t kPartialSum = 128;
+
 template <typename Vector>
 VLFAST_INLINE void load(const float* from, Vector& to) {
   std::memcpy(&to, from, sizeof to);
@@ -66,35 +70,41 @@ VLFAST_INLINE void score_tile(const Scores& by, std::int64_t word, std::int64_t 
   const float* words = by.words + word * width;
   const float* queries = by.queries + lane;
   float* scores = by.scores + word * lanes + lane;
-  Vector sums[kWords][kVectors];
+  for (std::int64_t part = begin; part < end; part += kPartialSum) {
+    const std::int64_t part_end = std::min(part + kPartialSum, end);
+    Vector sums[kWords][kVectors];
 #pragma GCC unroll 16
-  for (int w = 0; w < kWords; ++w) {
+    for (int w = 0; w < kWords; ++w) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      sums[w][v] = Vector{};
-      if (begin > 0) load(scores + w * lanes + v * kSize, sums[w][v]);
+      for (int v = 0; v < kVectors; ++v) sums[w][v] = Vector{};
     }
-  }
-  for (std::int64_t from = begin; from < end; from += kCacheLine) {
-    // The next tile, which may come from memory. Past the last word this does nothing.
+    for (std::int64_t from = part; from < part_end; from += kCacheLine) {
+      // The next tile, which may come from memory. Past the last word this does nothing.
 #pragma GCC unroll 16
-    for (int w = 0; w < kWords; ++w) __builtin_prefetch(words + (kWords + w) * width + from);
-    const std::int64_t to = std::min(from + kCacheLine, end);
-    for (std::int64_t d = from; d < to; ++d) {
-      Vector query[kVectors];
+      for (int w = 0; w < kWords; ++w) __builtin_prefetch(words + (kWords + w) * width + from);
+      const std::int64_t to = std::min(from + kCacheLine, part_end);
+      for (std::int64_t d = from; d < to; ++d) {
+        Vector query[kVectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) load(queries + d * lanes + v * kSize, query[v]);
+        for (int v = 0; v < kVectors; ++v) load(queries + d * lanes + v * kSize, query[v]);
 #pragma GCC unroll 16
-      for (int w = 0; w < kWords; ++w) {
+        for (int w = 0; w < kWords; ++w) {
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) sums[w][v] += words[w * width + d] * query[v];
+          for (int v = 0; v < kVectors; ++v) sums[w][v] += words[w * width + d] * query[v];
+        }
       }
     }
-  }
 #pragma GCC unroll 16
-  for (int w = 0; w < kWords; ++w) {
+    for (int w = 0; w < kWords; ++w) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(sums[w][v], scores + w * lanes + v * kSize);
+      for (int v = 0; v < kVectors; ++v) {
+        float* to = scores + w * lanes + v * kSize;
+        Vector total{};
+        if (part > 0) load(to, total);
+        total += sums[w][v];
+        store(total, to);
+      }
+    }
   }
 }
 
