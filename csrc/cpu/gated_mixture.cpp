@@ -279,6 +279,7 @@ void teacher_logits(const GatedMixture& problem, const Group& group, const float
 }  // namespace
 
 void gated_mixture_cpu(const GatedMixture& problem, int threads) {
+  if (problem.images == 0) return;
   check_labels(problem);
   const std::int64_t images = problem.images, width = problem.width, heads = problem.heads;
   const std::int64_t classes = problem.classes, top_k = problem.top_k;
@@ -307,8 +308,8 @@ void gated_mixture_cpu(const GatedMixture& problem, int threads) {
       select(scores + b * gate_lanes, heads, top_k, &selected[b * top_k], &weights[b * top_k]);
   }
 
-  const std::int64_t chunk = std::clamp<std::int64_t>(
-      kChunkLogits / (top_k * classes), 1, std::clamp<std::int64_t>(images, 1, kChunkImages));
+  const std::int64_t chunk =
+      std::clamp<std::int64_t>(kChunkLogits / (top_k * classes), 1, std::min(images, kChunkImages));
   float* const teachers = at_least(teachers_kept, chunk * top_k * classes);
   float* const packed = at_least(packed_kept, (chunk * top_k + heads * (kLanes - 1)) * width);
   const std::int64_t blocks = round_up(classes, kClassBlock) / kClassBlock;
