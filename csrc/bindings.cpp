@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "cpu/dispatch.h"
+#include "vlfast/gated_mixture.h"
 #include "vlfast/perplexity.h"
 #include "vlfast/symmetric_kl.h"
 
@@ -84,6 +85,34 @@ void define_perplexity(py::module_& module, const char* name, Solve solve) {
       py::call_guard<py::gil_scoped_release>());
 }
 
+void gated_mixture_cpu(int text_dtype, std::int64_t images, std::int64_t width, std::int64_t heads,
+                       std::int64_t classes, std::int64_t top_k, Address image_features,
+                       Address gate, Address text_features, Address student_logits, Address labels,
+                       double logit_scale, double temperature, Address distillation,
+                       Address selection, Address distillation_to_student,
+                       Address distillation_to_scores, Address selection_to_scores, int threads) {
+  vlfast::GatedMixture problem{};
+  problem.text_dtype = static_cast<vlfast::DType>(text_dtype);
+  problem.images = images;
+  problem.width = width;
+  problem.heads = heads;
+  problem.classes = classes;
+  problem.top_k = top_k;
+  problem.image_features = static_cast<const float*>(pointer(image_features));
+  problem.gate = static_cast<const float*>(pointer(gate));
+  problem.text_features = pointer(text_features);
+  problem.student_logits = static_cast<const float*>(pointer(student_logits));
+  problem.labels = static_cast<const std::int64_t*>(pointer(labels));
+  problem.logit_scale = logit_scale;
+  problem.temperature = temperature;
+  problem.distillation = static_cast<float*>(pointer(distillation));
+  problem.selection = static_cast<float*>(pointer(selection));
+  problem.distillation_to_student = static_cast<float*>(pointer(distillation_to_student));
+  problem.distillation_to_scores = static_cast<float*>(pointer(distillation_to_scores));
+  problem.selection_to_scores = static_cast<float*>(pointer(selection_to_scores));
+  vlfast::gated_mixture_cpu(problem, threads);
+}
+
 py::dict build_config() {
   py::dict config;
   config["compiler"] = __VERSION__;
@@ -107,6 +136,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("build_config", &build_config);
   define_symmetric_kl<int>(module, "symmetric_kl_cpu", &vlfast::symmetric_kl_cpu);
   define_perplexity<int>(module, "perplexity_cpu", &vlfast::perplexity_cpu);
+  module.def("gated_mixture_cpu", &gated_mixture_cpu, py::call_guard<py::gil_scoped_release>());
 #ifdef VLFAST_HAS_CUDA
   define_symmetric_kl<Address>(module, "symmetric_kl_cuda",
                                [](const vlfast::SymmetricKL& problem, Address stream) {

@@ -18,7 +18,7 @@
 namespace vlfast {
 
 // Packed queries have a multiple of so many lanes, the unused ones zero.
-constexpr std::int64_t kLanes = 16;
+constexpr std::int64_t kLanes = 8;
 
 struct Scores {
   const float* queries;  // [width, lanes]
@@ -48,6 +48,10 @@ using Vector16 = float __attribute__((vector_size(16)));
 constexpr std::int64_t kDepth = 512;
 constexpr std::int64_t kCacheLine = 16;
 
+// Sums are taken over so many terms, then over those: long ones keep the rounding errors of short
+// ones.
+constexpr std::int64_t kPartialSum = 128;
+
 template <typename Vector>
 VLFAST_INLINE void load(const float* from, Vector& to) {
   std::memcpy(&to, from, sizeof to);
@@ -66,55 +70,67 @@ VLFAST_INLINE void score_tile(const Scores& by, std::int64_t word, std::int64_t 
   const float* words = by.words + word * width;
   const float* queries = by.queries + lane;
   float* scores = by.scores + word * lanes + lane;
-  Vector sums[kWords][kVectors];
+  for (std::int64_t part = begin; part < end; part += kPartialSum) {
+    const std::int64_t part_end = std::min(part + kPartialSum, end);
+    Vector sums[kWords][kVectors];
 #pragma GCC unroll 16
-  for (int w = 0; w < kWords; ++w) {
+    for (int w = 0; w < kWords; ++w) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      sums[w][v] = Vector{};
-      if (begin > 0) load(scores + w * lanes + v * kSize, sums[w][v]);
+      for (int v = 0; v < kVectors; ++v) sums[w][v] = Vector{};
     }
-  }
-  for (std::int64_t from = begin; from < end; from += kCacheLine) {
-    // The next tile, which may come from memory. Past the last word this does nothing.
+    for (std::int64_t from = part; from < part_end; from += kCacheLine) {
+      // The next tile, which may come from memory. Past the last word this does nothing.
 #pragma GCC unroll 16
-    for (int w = 0; w < kWords; ++w) __builtin_prefetch(words + (kWords + w) * width + from);
-    const std::int64_t to = std::min(from + kCacheLine, end);
-    for (std::int64_t d = from; d < to; ++d) {
-      Vector query[kVectors];
+      for (int w = 0; w < kWords; ++w) __builtin_prefetch(words + (kWords + w) * width + from);
+      const std::int64_t to = std::min(from + kCacheLine, part_end);
+      for (std::int64_t d = from; d < to; ++d) {
+        Vector query[kVectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) load(queries + d * lanes + v * kSize, query[v]);
+        for (int v = 0; v < kVectors; ++v) load(queries + d * lanes + v * kSize, query[v]);
 #pragma GCC unroll 16
-      for (int w = 0; w < kWords; ++w) {
+        for (int w = 0; w < kWords; ++w) {
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) sums[w][v] += words[w * width + d] * query[v];
+          for (int v = 0; v < kVectors; ++v) sums[w][v] += words[w * width + d] * query[v];
+        }
+      }
+    }
+#pragma GCC unroll 16
+    for (int w = 0; w < kWords; ++w) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        float* to = scores + w * lanes + v * kSize;
+        Vector total{};
+        if (part > 0) load(to, total);
+        total += sums[w][v];
+        store(total, to);
       }
     }
   }
-#pragma GCC unroll 16
-  for (int w = 0; w < kWords; ++w) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(sums[w][v], scores + w * lanes + v * kSize);
-  }
 }
 
-template <typename Vector, int kWords, int kVectors>
+// Fewer lanes than a Vector has are left to the Remainder, which kLanes is a multiple of.
+template <typename Vector, int kWords, int kVectors, typename Remainder>
+VLFAST_INLINE void score_lanes(const Scores& by, std::int64_t word, std::int64_t begin,
+                               std::int64_t end) {
+  constexpr std::int64_t kSize = sizeof(Vector) / sizeof(float);
+  constexpr std::int64_t kRemainder = sizeof(Remainder) / sizeof(float);
+  std::int64_t lane = 0;
+  for (; lane + kVectors * kSize <= by.lanes; lane += kVectors * kSize)
+    score_tile<Vector, kWords, kVectors>(by, word, lane, begin, end);
+  for (; lane + kSize <= by.lanes; lane += kSize)
+    score_tile<Vector, kWords, 1>(by, word, lane, begin, end);
+  for (; lane < by.lanes; lane += kRemainder)
+    score_tile<Remainder, kWords, 1>(by, word, lane, begin, end);
+}
+
+template <typename Vector, int kWords, int kVectors, typename Remainder>
 VLFAST_INLINE void score(const Scores& by) {
-  constexpr int kTileLanes = kVectors * sizeof(Vector) / sizeof(float);
   for (std::int64_t begin = 0; begin < by.width; begin += kDepth) {
     const std::int64_t end = std::min(begin + kDepth, by.width);
     std::int64_t word = 0;
-    for (; word + kWords <= by.count; word += kWords) {
-      std::int64_t lane = 0;
-      for (; lane + kTileLanes <= by.lanes; lane += kTileLanes)
-        score_tile<Vector, kWords, kVectors>(by, word, lane, begin, end);
-      for (; lane < by.lanes; lane += kTileLanes / kVectors)
-        score_tile<Vector, kWords, 1>(by, word, lane, begin, end);
-    }
-    for (; word < by.count; ++word) {
-      for (std::int64_t lane = 0; lane < by.lanes; lane += kTileLanes / kVectors)
-        score_tile<Vector, 1, 1>(by, word, lane, begin, end);
-    }
+    for (; word + kWords <= by.count; word += kWords)
+      score_lanes<Vector, kWords, kVectors, Remainder>(by, word, begin, end);
+    for (; word < by.count; ++word) score_lanes<Vector, 1, 1, Remainder>(by, word, begin, end);
   }
 }
 
@@ -172,7 +188,7 @@ VLFAST_INLINE void sum(const Sums& by) {
   for (; column < by.width; ++column) sum_columns<float, kRows, 1>(by, column);
 }
 
-inline void score_default(const Scores& by) { score<Vector16, 5, 2>(by); }
+inline void score_default(const Scores& by) { score<Vector16, 5, 2, Vector16>(by); }
 inline void sum_default(const Sums& by) { sum<Vector16, 4, 2>(by); }
 
 #ifdef VLFAST_X86_PRODUCTS
@@ -180,13 +196,13 @@ using Vector32 = float __attribute__((vector_size(32)));
 using Vector64 = float __attribute__((vector_size(64)));
 
 __attribute__((target("arch=x86-64-v3"))) inline void score_v3(const Scores& by) {
-  score<Vector32, 6, 2>(by);
+  score<Vector32, 6, 2, Vector32>(by);
 }
 __attribute__((target("arch=x86-64-v3"))) inline void sum_v3(const Sums& by) {
   sum<Vector32, 4, 3>(by);
 }
 __attribute__((target("arch=x86-64-v4"))) inline void score_v4(const Scores& by) {
-  score<Vector64, 12, 2>(by);
+  score<Vector64, 12, 2, Vector32>(by);
 }
 __attribute__((target("arch=x86-64-v4"))) inline void sum_v4(const Sums& by) {
   sum<Vector64, 8, 3>(by);

@@ -5,10 +5,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlfast.ops import gated_mixture_loss
+from vlfast._extension import extension
+from vlfast.ops import backends, gated_mixture_loss, reference, symmetric_kl_loss
 
 from . import oracles
 from .support import assert_close, gradients, normal
+
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+INPUTS = ("image_features", "gate", "hard_text_features", "student_logits")
+
+needs_kernel = pytest.mark.skipif(extension() is None, reason="vlfast._C is not built here")
 
 
 def problem(batch=5, classes=7, heads=6, width=8, dtype=torch.float64, **changes):
@@ -28,8 +34,7 @@ def problem(batch=5, classes=7, heads=6, width=8, dtype=torch.float64, **changes
 
 def in_order(arguments, temperature=1.0, top_k=2):
     """The same problem as positional fp64 arguments of the oracle."""
-    names = ("image_features", "gate", "hard_text_features", "student_logits")
-    tensors = [arguments[name].detach().double() for name in names]
+    tensors = [arguments[name].detach().double() for name in INPUTS]
     tensors[1].requires_grad_()
     tensors[3].requires_grad_()
     scale = float(arguments["logit_scale"])
@@ -63,8 +68,9 @@ class TestValuesAndGradients:
     def test_the_equation(self, batch, classes, heads, top_k, temperature):
         compare(problem(batch, classes, heads), temperature, top_k, 1e-10, 1e-9)
 
-    def test_one_class_leaves_nothing_to_learn(self):
-        arguments = problem(batch=4, classes=1)
+    @pytest.mark.parametrize("dtype", [F64, F32], ids=str)
+    def test_one_class_leaves_nothing_to_learn(self, dtype):
+        arguments = problem(batch=4, classes=1, dtype=dtype)
         losses = gated_mixture_loss(**arguments, reduction="none")
         for loss in losses:
             assert (loss == 0).all()
@@ -88,16 +94,18 @@ class TestValuesAndGradients:
         arguments["gate"] = arguments["gate"].detach().double().requires_grad_()
         assert gated_mixture_loss(**arguments)[0].dtype == torch.float64
 
-    def test_reductions(self):
-        arguments = problem()
+    @pytest.mark.parametrize("dtype", [F64, F32], ids=str)
+    def test_reductions(self, dtype):
+        arguments = problem(dtype=dtype)
         rows = gated_mixture_loss(**arguments, reduction="none")
         for row, total in zip(rows, gated_mixture_loss(**arguments, reduction="sum"), strict=True):
-            assert_close(total, row.sum(), 1e-12)
+            assert_close(total, row.sum(), 1e-6)
         for row, mean in zip(rows, gated_mixture_loss(**arguments), strict=True):
-            assert_close(mean, row.mean(), 1e-12)
+            assert_close(mean, row.mean(), 1e-6)
 
-    def test_scale_and_temperature_as_tensors(self):
-        arguments = problem()
+    @pytest.mark.parametrize("dtype", [F64, F32], ids=str)
+    def test_scale_and_temperature_as_tensors(self, dtype):
+        arguments = problem(dtype=dtype)
         plain = gated_mixture_loss(**arguments, temperature=2.0)
         arguments["logit_scale"] = torch.tensor(20.0)
         tensors = gated_mixture_loss(**arguments, temperature=torch.tensor(2.0))
@@ -110,10 +118,11 @@ class TestValuesAndGradients:
         arguments["student_logits"] = moved.requires_grad_()
         compare(arguments, 1.0, 3, 1e-5, 1e-4)
 
-    def test_ties_in_the_gate(self):
-        arguments = problem()
+    @pytest.mark.parametrize(("dtype", "tolerance"), [(F64, 1e-9), (F32, 1e-5)], ids=str)
+    def test_ties_in_the_gate(self, dtype, tolerance):
+        arguments = problem(dtype=dtype)
         arguments["gate"] = torch.zeros_like(arguments["gate"]).requires_grad_()
-        compare(arguments, 1.0, 3, 1e-10, 1e-9)
+        compare(arguments, 1.0, 3, tolerance, tolerance)
         first = dict(arguments, hard_text_features=arguments["hard_text_features"][:3])
         first["gate"] = torch.zeros_like(arguments["gate"][:, :3]).requires_grad_()
         for a, e in zip(
@@ -138,8 +147,9 @@ class TestValuesAndGradients:
             inputs,
         )
 
-    def test_two_backwards_on_one_graph(self):
-        arguments = problem()
+    @pytest.mark.parametrize(("dtype", "tolerance"), [(F64, 1e-9), (F32, 1e-5)], ids=str)
+    def test_two_backwards_on_one_graph(self, dtype, tolerance):
+        arguments = problem(dtype=dtype)
         exact = in_order(arguments)
         losses = gated_mixture_loss(**arguments, reduction="none")
         expected = oracles.gated_mixture(*exact)
@@ -150,7 +160,7 @@ class TestValuesAndGradients:
                 gradients(expected, (exact[1], exact[3]), seed),
                 strict=True,
             ):
-                assert_close(a, e, 1e-9)
+                assert_close(a, e, tolerance)
 
     def test_autocast_changes_nothing(self):
         arguments = problem(dtype=torch.float32)
@@ -159,20 +169,11 @@ class TestValuesAndGradients:
         for a, e in zip(cast, gated_mixture_loss(**arguments), strict=True):
             assert torch.equal(a, e)
 
-    def test_fullgraph_parity(self):
-        arguments = problem(dtype=torch.float32)
-        inputs = (arguments["gate"], arguments["student_logits"])
-        eager = gated_mixture_loss(**arguments, reduction="none")
-        compiled = torch.compile(gated_mixture_loss, fullgraph=True)(**arguments, reduction="none")
-        for a, e in zip(compiled, eager, strict=True):
-            assert_close(a, e, 1e-5)
-        for a, e in zip(gradients(compiled, inputs), gradients(eager, inputs), strict=True):
-            assert_close(a, e, 1e-4)
-
 
 class TestWhatTheMethodPromises:
-    def test_one_prompt_is_plain_distillation_and_leaves_the_gate_alone(self):
-        arguments = problem(heads=1)
+    @pytest.mark.parametrize(("dtype", "tolerance"), [(F64, 1e-10), (F32, 1e-5)], ids=str)
+    def test_one_prompt_is_plain_distillation_and_leaves_the_gate_alone(self, dtype, tolerance):
+        arguments = problem(heads=1, dtype=dtype)
         distillation, selection = gated_mixture_loss(**arguments, temperature=2.0, top_k=1)
         teacher = 20.0 * arguments["image_features"] @ arguments["hard_text_features"][0].T
         expected = 4 * torch.nn.functional.kl_div(
@@ -180,9 +181,9 @@ class TestWhatTheMethodPromises:
             (teacher / 2).softmax(-1),
             reduction="batchmean",
         )
-        assert_close(distillation, expected, 1e-10)
+        assert_close(distillation, expected, tolerance)
         assert_close(
-            selection, torch.nn.functional.cross_entropy(teacher, arguments["labels"]), 1e-10
+            selection, torch.nn.functional.cross_entropy(teacher, arguments["labels"]), tolerance
         )
         (gradient,) = torch.autograd.grad(distillation + selection, arguments["gate"])
         assert (gradient == 0).all()
@@ -222,9 +223,10 @@ class TestWhatTheMethodPromises:
         distillation, _ = gated_mixture_loss(**arguments, top_k=1)
         assert float(distillation.detach()) < 1e-20
 
+    @pytest.mark.parametrize("dtype", [F64, F32], ids=str)
     @pytest.mark.parametrize("which", ["image_features", "student_logits"])
-    def test_nan_stays_in_its_row(self, which):
-        arguments = problem()
+    def test_nan_stays_in_its_row(self, which, dtype):
+        arguments = problem(dtype=dtype)
         poisoned = arguments[which].detach().clone()
         poisoned[1, 2] = torch.nan
         arguments[which] = poisoned
@@ -264,6 +266,490 @@ class TestWhatTheMethodPromises:
         arguments["hard_text_features"] = arguments["hard_text_features"][order]
         shuffled = gated_mixture_loss(gate=gate[:, order], **arguments)
         torch.testing.assert_close(shuffled, moved, rtol=1e-8, atol=1e-9)
+
+
+def losses_and_gradients(arguments, **options):
+    """Both losses of each row, and their gradients to the gate and to the student."""
+    gate = arguments["gate"].detach().requires_grad_()
+    student = arguments["student_logits"].detach().requires_grad_()
+    arguments = arguments | {"gate": gate, "student_logits": student} | options
+    losses = gated_mixture_loss(**arguments, reduction="none")
+    return [*(loss.detach() for loss in losses), *gradients(losses, (gate, student))]
+
+
+def raw(arguments, temperature=1.0, top_k=2, with_gradient=True):
+    """The op itself, which gives the gradients of each row."""
+    inputs = [arguments[name].detach() for name in (*INPUTS, "labels")]
+    scale = arguments["logit_scale"]
+    return torch.ops.vlfast.gated_mixture(
+        *inputs, None, None, scale, temperature, top_k, with_gradient
+    )
+
+
+def assert_as_precise_as_pytorch(arguments, **options):
+    ours = losses_and_gradients(arguments, **options)
+    wide = {name: arguments[name].detach().double() for name in INPUTS}
+    with backends.reference_only():
+        theirs = losses_and_gradients(arguments, **options)
+        truth = losses_and_gradients(arguments | wide, **options)
+    for mine, its, true in zip(ours, theirs, truth, strict=True):
+        assert mine.dtype == its.dtype
+        slack = 8 * max(torch.finfo(mine.dtype).eps, 1e-12) * true.abs().max().item()
+        error, its_error = ((x.double() - true).abs().max().item() for x in (mine, its))
+        assert error <= 1.5 * its_error + slack, (error, its_error, slack)
+
+
+def exact_products(batch=4, classes=30, heads=3, dtype=F32, **changes):
+    """Images of a single 1, so that the teachers' logits are the texts times a power of 2."""
+    texts = normal(heads, classes, batch, seed=2, scale=0.1, dtype=dtype)
+    arguments = problem(batch, classes, heads, batch, dtype) | {
+        "image_features": torch.eye(batch, dtype=dtype),
+        "hard_text_features": texts,
+        "logit_scale": 32.0,
+    }
+    return arguments | changes
+
+
+@needs_kernel
+class TestKernelAccuracy:
+    @pytest.mark.parametrize(
+        ("batch", "heads", "classes", "width", "top_k", "temperature"),
+        [
+            (1, 1, 1, 1, 1, 1.0),
+            (1, 36, 3, 8, 36, 2.0),
+            (7, 2, 1000, 1, 2, 1.0),
+            (7, 12, 97, 500, 5, 0.5),
+            (128, 36, 3, 65, 1, 1.0),
+            (128, 12, 100, 512, 2, 1.0),
+            (2, 3, 20930, 12, 2, 4.0),
+        ],
+    )
+    @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
+    def test_same_dtypes(self, dtype, batch, heads, classes, width, top_k, temperature):
+        arguments = problem(batch, classes, heads, width, dtype, logit_scale=100.0)
+        assert_as_precise_as_pytorch(arguments, top_k=top_k, temperature=temperature)
+
+    def test_the_size_of_imagenet(self):
+        arguments = problem(128, 1000, 12, 512, F32, logit_scale=100.0)
+        assert_as_precise_as_pytorch(arguments)
+
+    @pytest.mark.parametrize(
+        "dtypes",
+        [(F32, F32, F16, F32), (F16, F32, F16, F16), (BF16, F16, F32, BF16), (F16, F64, F16, F32)],
+        ids=str,
+    )
+    def test_mixed_dtypes(self, dtypes):
+        arguments = problem(9, 101, 5, 33)
+        for name, dtype in zip(INPUTS, dtypes, strict=True):
+            arguments[name] = arguments[name].detach().to(dtype)
+        assert_as_precise_as_pytorch(arguments, top_k=3)
+        gradients = losses_and_gradients(arguments)[2:]
+        assert [x.dtype for x in gradients] == [dtypes[1], dtypes[3]]
+
+    @pytest.mark.parametrize("temperature", [0.5, 3.0])
+    @pytest.mark.parametrize("offset", [50.0, -50.0])
+    def test_offsets_of_the_logits(self, offset, temperature):
+        arguments = problem(6, 37, 5, 16, F32)
+        arguments["student_logits"] = arguments["student_logits"].detach() + offset
+        assert_as_precise_as_pytorch(arguments, temperature=temperature)
+
+    @pytest.mark.parametrize("gap", [30.0, 90.0, 1e4, 1e30, torch.finfo(F32).max])
+    def test_student_classes_far_below_the_others(self, gap):
+        arguments = problem(4, 40, 3, 8, F32)
+        student = arguments["student_logits"].detach().clone()
+        student[:, ::3] = -gap
+        arguments["student_logits"] = student
+        results = losses_and_gradients(arguments)
+        wide = {name: arguments[name].detach().double() for name in INPUTS}
+        for actual, expected in zip(results, losses_and_gradients(arguments | wide), strict=True):
+            assert_close(actual, expected, 1e-5)
+
+    @pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
+    def test_student_equal_to_all_teachers(self, temperature):
+        arguments = exact_products()
+        texts = arguments["hard_text_features"][:1].expand(3, -1, -1)
+        arguments["hard_text_features"] = texts
+        arguments["student_logits"] = 32 * texts[0].T
+        distillation, selection, *gradients = raw(arguments, temperature)
+        assert (distillation == 0).all() and (selection > 0).all()
+        assert all((x == 0).all() for x in gradients)
+
+    def test_hardly_any_distance_is_not_lost(self):
+        arguments = exact_products(heads=1)
+        teacher = 32 * arguments["hard_text_features"][0].T
+        student = teacher + normal(*teacher.shape, seed=7, scale=1e-4, dtype=F32)
+        arguments["student_logits"] = student
+        distillation, _, to_student, *_ = raw(arguments, top_k=1)
+        p, q = (x.double().softmax(-1) for x in (teacher, student))
+        truth = (p * (teacher.double() - student.double())).sum(-1)
+        truth -= teacher.double().logsumexp(-1) - student.double().logsumexp(-1)
+        assert truth.max() < 1e-7
+        assert_close(distillation, truth, 1e-4)
+        assert_close(to_student, q - p, 1e-2)
+
+    @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+    def test_ties_go_to_the_smaller_index(self, dtype):
+        """Small whole numbers: every score is exact, and equal columns tie in every dtype."""
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randint(-3, 4, (40, 20), generator=generator).to(dtype)
+        columns = torch.randint(-2, 3, (20, 3), generator=generator).to(dtype)
+        gate = columns[:, [0, 1, 2, 2, 1, 0, 0, 2]]
+        scores = (images.double() @ gate.double()).tolist()
+        texts = normal(8, 5, 20, seed=2, scale=0.05, dtype=dtype)
+        arguments = problem(40, 5, 8, 20, dtype) | {
+            "image_features": images,
+            "gate": gate,
+            "hard_text_features": texts,
+        }
+        for top_k in (1, 2, 4, 7):
+            to_scores = raw(arguments, top_k=top_k)[4]
+            for row, gradient in zip(scores, to_scores, strict=True):
+                chosen = sorted(range(8), key=lambda h: (-row[h], h))[:top_k]
+                assert set(gradient.nonzero()[:, 0].tolist()) <= set(chosen)
+            assert_as_precise_as_pytorch(arguments, top_k=top_k)
+
+    def test_every_element_is_written(self, poisoned_memory):
+        for dtype in (F32, BF16, F16):
+            arguments = problem(5, 19, 6, 8, dtype)
+            assert all(x.isfinite().all() for x in raw(arguments))
+            assert all(x.isfinite().all() for x in losses_and_gradients(arguments))
+
+
+@needs_kernel
+class TestRowsAlone:
+    @pytest.mark.parametrize(
+        ("batch", "heads", "classes", "top_k"),
+        [(37, 4, 101, 2), (300, 1, 5, 1), (7, 36, 20930, 36)],
+        ids=["many to a head", "more than a chunk of images", "more than a chunk of logits"],
+    )
+    def test_a_row_has_the_same_bits_in_any_batch(self, batch, heads, classes, top_k):
+        arguments = problem(batch, classes, heads, 9, F32)
+        together = raw(arguments, top_k=top_k)
+        for rows in (slice(0, 1), slice(batch // 2, batch // 2 + 2), slice(batch - 1, batch)):
+            some = dict(arguments)
+            for name in ("image_features", "student_logits", "labels"):
+                some[name] = arguments[name][rows]
+            for alone, all_rows in zip(raw(some, top_k=top_k), together, strict=True):
+                assert torch.equal(alone, all_rows[rows])
+
+    def test_the_number_of_threads_changes_no_bit(self):
+        arguments = problem(37, 501, 6, 64, F32)
+        before = torch.get_num_threads()
+        results = []
+        try:
+            for threads in (1, 2, 3, 8):
+                torch.set_num_threads(threads)
+                results.append(raw(arguments, 2.0, 3))
+        finally:
+            torch.set_num_threads(before)
+        for others in results[1:]:
+            assert all(map(torch.equal, results[0], others))
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+    def test_bad_values_of_an_image(self, dtype, value):
+        arguments = problem(6, 37, 4, 9, dtype)
+        good = raw(arguments)
+        arguments["image_features"][2, 8] = value
+        distillation, selection, to_student, *to_scores = bad = raw(arguments)
+        self.assert_others_are_the_same(good, bad, [2])
+        assert all(x[2].isnan().all() for x in (distillation, selection, to_student))
+        assert all(x[2].isnan().any() for x in to_scores)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    @pytest.mark.parametrize("position", [0, 20, 36])
+    @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+    def test_bad_values_of_a_student(self, dtype, position, value):
+        arguments = problem(6, 37, 4, 9, dtype)
+        good = raw(arguments)
+        arguments["student_logits"] = arguments["student_logits"].detach()
+        arguments["student_logits"][2, position] = value
+        bad = raw(arguments)
+        self.assert_others_are_the_same(good, bad, [2])
+        assert bad[0][2].isnan() and bad[2][2].isnan().all() and bad[3][2].isnan().any()
+        assert torch.equal(bad[1], good[1]) and torch.equal(bad[4], good[4])
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+    def test_bad_values_of_a_text_reach_those_that_select_it(self, dtype, value):
+        arguments = problem(12, 37, 4, 9, dtype)
+        scores = arguments["image_features"].double() @ arguments["gate"].detach().double()
+        reached = (scores.topk(2).indices == 3).any(1).nonzero()[:, 0].tolist()
+        assert 0 < len(reached) < 12
+        good = raw(arguments)
+        arguments["hard_text_features"][3, 30, 4] = value
+        bad = raw(arguments)
+        self.assert_others_are_the_same(good, bad, reached)
+        assert all(x[reached].isnan().all() for x in bad[:3])
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_bad_values_of_the_gate_reach_all(self, value):
+        arguments = problem(6, 37, 4, 9, F32)
+        arguments["gate"] = arguments["gate"].detach()
+        arguments["gate"][4, 1] = value
+        assert all(x.isnan().all() for x in raw(arguments)[:3])
+
+    @staticmethod
+    def assert_others_are_the_same(before, after, rows):
+        others = [row for row in range(len(before[0])) if row not in rows]
+        for x, y in zip(before, after, strict=True):
+            assert torch.equal(x[others], y[others])
+
+
+@needs_kernel
+class TestKernelGradients:
+    def test_only_one_loss_is_used(self):
+        arguments = problem(dtype=F32)
+        exact = in_order(arguments)
+        losses = gated_mixture_loss(**arguments, reduction="none")
+        truth = reference.gated_mixture(*exact)
+        for i, upstream in enumerate((normal(5, seed=1), normal(5, seed=2))):
+            actual = torch.autograd.grad(
+                losses[i],
+                (arguments["gate"], arguments["student_logits"]),
+                upstream.float(),
+                retain_graph=True,
+                allow_unused=True,
+            )
+            expected = torch.autograd.grad(
+                truth[i], (exact[1], exact[3]), upstream, retain_graph=True, allow_unused=True
+            )
+            assert_close(actual[0], expected[0], 1e-5)
+            if i == 0:
+                assert_close(actual[1], expected[1], 1e-5)
+            else:
+                assert actual[1] is None or (actual[1] == 0).all()
+
+    def test_a_loss_that_is_not_used_cannot_harm(self):
+        arguments = problem(dtype=F32)
+        exact = losses_and_gradients(arguments)
+        student = arguments["student_logits"].detach().clone()
+        student[1] = torch.nan
+        _, selection = gated_mixture_loss(**arguments | {"student_logits": student})
+        (gradient,) = torch.autograd.grad(selection, arguments["gate"])
+        assert exact[1].isfinite().all() and gradient.isfinite().all() and gradient.any()
+
+    @pytest.mark.parametrize("learns", ["gate", "student_logits"])
+    def test_only_one_input_learns(self, learns):
+        arguments = problem(dtype=F32)
+        both = losses_and_gradients(arguments)
+        frozen = {name: arguments[name].detach() for name in ("gate", "student_logits")}
+        leaf = frozen[learns].clone().requires_grad_()
+        losses = gated_mixture_loss(**arguments | frozen | {learns: leaf}, reduction="none")
+        (gradient,) = gradients(losses, [leaf])
+        assert torch.equal(gradient, both[2 if learns == "gate" else 3])
+
+    def test_no_gradient_is_computed_where_none_is_wanted(self):
+        arguments = problem(dtype=F32)
+        wanted = gated_mixture_loss(**arguments)
+        with torch.no_grad():
+            switched_off = gated_mixture_loss(**arguments)
+        assert all(loss.requires_grad for loss in wanted)
+        assert not any(loss.requires_grad for loss in switched_off)
+        assert all(map(torch.equal, wanted, switched_off))
+        results = raw(arguments, with_gradient=False)
+        assert [list(x.shape) for x in results] == [[5], [5], [0, 0], [0, 0], [0, 0]]
+
+    def test_one_selected_prompt_gives_the_gate_exactly_zero(self):
+        for x in raw(problem(40, 30, 6, 16, F32), top_k=1)[3:]:
+            assert (x == 0).all()
+
+    def test_equal_teachers_give_the_gate_exactly_zero(self):
+        arguments = problem(9, 30, 3, 16, F32)
+        arguments["hard_text_features"] = arguments["hard_text_features"][:1].repeat(3, 1, 1)
+        for x in raw(arguments, top_k=3)[3:]:
+            assert (x == 0).all()
+
+    def test_second_derivatives_need_the_reference(self):
+        arguments = problem(3, 4, 3, 4, F32)
+        distillation, _ = gated_mixture_loss(**arguments)
+        with pytest.raises(RuntimeError, match="reference_only"):
+            torch.autograd.grad(distillation, arguments["gate"], create_graph=True)
+        arguments = problem(3, 4, 3, 4)
+        inputs = arguments.pop("gate"), arguments.pop("student_logits")
+        with backends.reference_only():
+            assert torch.autograd.gradgradcheck(
+                lambda gate, student: gated_mixture_loss(
+                    gate=gate, student_logits=student, **arguments
+                ),
+                inputs,
+            )
+
+
+@needs_kernel
+class TestInPyTorch:
+    @pytest.mark.parametrize(
+        "dtypes",
+        [(F32, F32, F32, F32), (F16, F32, F16, F16), (BF16, BF16, BF16, BF16)],
+        ids=str,
+    )
+    @pytest.mark.parametrize("with_gradient", [True, False])
+    def test_opcheck(self, dtypes, with_gradient):
+        arguments = problem(4, 9, 3, 8)
+        images, gate, texts, student = (
+            arguments[name].detach().to(dtype) for name, dtype in zip(INPUTS, dtypes, strict=True)
+        )
+        labels, scale = arguments["labels"], torch.tensor(3.0)
+        for inputs in (
+            (images, gate, texts, student, labels, None, None),
+            (images, gate, texts, student, labels, scale, scale),
+            (images.T.contiguous().T, gate.T.contiguous().T, texts, student, labels, scale, None),
+            (images[:0], gate, texts, student[:0], labels[:0], None, None),
+        ):
+            torch.library.opcheck(
+                torch.ops.vlfast.gated_mixture, (*inputs, 2.0, 1.5, 2, with_gradient)
+            )
+
+    @pytest.mark.parametrize("reduction", ["none", "mean"])
+    @pytest.mark.parametrize("dynamic", [False, True])
+    def test_compile(self, reduction, dynamic):
+        torch.compiler.reset()
+
+        def losses(arguments, gate, student):
+            return gated_mixture_loss(
+                **arguments | {"gate": gate.sin(), "student_logits": student.sin()},
+                temperature=2.0,
+                reduction=reduction,
+            )
+
+        compiled = torch.compile(losses, fullgraph=True)
+        for batch in (4, 6):
+            arguments = problem(batch, 30, 5, 16, F32)
+            results = []
+            for function in (losses, compiled):
+                gate = arguments["gate"].detach().requires_grad_()
+                student = arguments["student_logits"].detach().requires_grad_()
+                if dynamic:
+                    for tensor in (arguments["image_features"], student, arguments["labels"]):
+                        torch._dynamo.mark_dynamic(tensor, 0)
+                outputs = function(arguments, gate, student)
+                upstream = [normal(*x.shape, seed=i, dtype=F32) for i, x in enumerate(outputs)]
+                torch.autograd.backward(outputs, upstream)
+                results.append([*(x.detach() for x in outputs), gate.grad, student.grad])
+            for eager, traced in zip(*results, strict=True):
+                torch.testing.assert_close(eager, traced, rtol=1e-5, atol=1e-6)
+
+    def test_compile_in_the_reference(self):
+        torch.compiler.reset()
+        arguments = problem(4, 30, 5, 16, F32)
+        compiled = torch.compile(gated_mixture_loss, fullgraph=True)
+        expected = gated_mixture_loss(**arguments)
+        with backends.reference_only():
+            torch.testing.assert_close(compiled(**arguments), expected)
+        torch.testing.assert_close(compiled(**arguments), expected)
+
+    def test_backward_in_autocast(self):
+        arguments = problem(dtype=F32)
+        inputs = (arguments["gate"], arguments["student_logits"])
+        outside = gradients(gated_mixture_loss(**arguments), inputs)
+        with torch.autocast("cpu", BF16):
+            inside = gradients(gated_mixture_loss(**arguments), inputs)
+        assert all(map(torch.equal, inside, outside))
+
+    @pytest.mark.parametrize("dtype", [F64, F32], ids=str)
+    def test_function_transforms(self, dtype):
+        arguments = problem(dtype=dtype)
+        gate = arguments["gate"]
+
+        def loss(gate, labels):
+            losses = gated_mixture_loss(**arguments | {"gate": gate, "labels": labels})
+            return losses[0] + losses[1]
+
+        labels = arguments["labels"]
+        expected = torch.autograd.grad(loss(gate, labels), gate)[0]
+        transformed = torch.func.grad(loss)(gate.detach(), labels)
+        torch.testing.assert_close(transformed, expected, rtol=1e-4, atol=1e-6)
+        stacked = torch.vmap(loss, (None, 0))(gate.detach(), labels.expand(3, 5))
+        torch.testing.assert_close(stacked, loss(gate, labels).detach().expand(3))
+
+    def test_other_devices(self):
+        arguments = {
+            name: value.to("meta") if isinstance(value, torch.Tensor) else value
+            for name, value in problem(dtype=F32).items()
+        }
+        assert [x.shape for x in gated_mixture_loss(**arguments, reduction="none")] == [(5,), (5,)]
+
+    def test_not_contiguous(self):
+        arguments = problem(8, 24, 5, 16, F32)
+        strided = {
+            name: torch.stack([arguments[name], arguments[name]], -1)[..., 0]
+            for name in (*INPUTS, "labels")
+        }
+        assert not any(x.is_contiguous() for x in strided.values())
+        results = losses_and_gradients(arguments | strided), losses_and_gradients(arguments)
+        assert all(map(torch.equal, *results))
+
+    def test_inputs_are_not_written(self):
+        arguments = problem(8, 24, 5, 16, F32)
+        copies = {name: arguments[name].clone() for name in (*INPUTS, "labels")}
+        losses_and_gradients(arguments)
+        assert all(torch.equal(arguments[name], copy) for name, copy in copies.items())
+
+    def test_empty_batches_only_in_the_raw_op(self):
+        results = raw(problem(0, 7, 3, 8, F32))
+        assert [list(x.shape) for x in results] == [[0], [0], [0, 7], [0, 3], [0, 3]]
+
+
+@needs_kernel
+class TestKernelProperties:
+    @given(
+        seed=st.integers(0, 10**6),
+        batch=st.integers(1, 9),
+        classes=st.integers(1, 70),
+        temperature=st.sampled_from([0.5, 1.0, 3.0]),
+        scale=st.floats(0.1, 100.0),
+        dtype=st.sampled_from([F32, BF16, F16]),
+    )
+    def test_one_prompt_is_symmetric_kl_in_one_direction(
+        self, seed, batch, classes, temperature, scale, dtype
+    ):
+        images = normal(batch, 8, seed=seed, scale=0.3, dtype=dtype)
+        texts = normal(1, classes, 8, seed=seed + 1, scale=0.3, dtype=dtype)
+        student = normal(batch, classes, seed=seed + 2, scale=scale / 3, dtype=dtype)
+        distillation, _ = gated_mixture_loss(
+            images,
+            normal(8, 1, dtype=dtype),
+            texts,
+            student,
+            torch.zeros(batch, dtype=torch.int64),
+            logit_scale=scale,
+            temperature=temperature,
+            top_k=1,
+            reduction="none",
+        )
+        divergence = symmetric_kl_loss(
+            student.float(),
+            images.float() @ texts[0].float().T,
+            teacher_scale=scale,
+            temperature=temperature,
+            forward_weight=1.0,
+            reverse_weight=0.0,
+            reduction="none",
+        )
+        expected = temperature**2 * divergence
+        torch.testing.assert_close(distillation, expected, rtol=1e-4, atol=1e-5)
+
+    @given(
+        seed=st.integers(0, 10**6),
+        heads=st.integers(1, 36),
+        data=st.data(),
+        scale=st.floats(0.1, 100.0),
+        dtype=st.sampled_from([F32, BF16, F16]),
+    )
+    def test_losses_are_positive_and_heads_have_no_order(self, seed, heads, data, scale, dtype):
+        top_k = data.draw(st.integers(1, heads))
+        arguments = problem(3, 5, heads, 6, dtype, logit_scale=scale)
+        arguments["gate"] = normal(6, heads, seed=seed, dtype=F32)
+        arguments["image_features"] = normal(3, 6, seed=seed + 1, dtype=F32)
+        results = raw(arguments, top_k=top_k)
+        assert (results[0] >= 0).all() and (results[1] >= 0).all()
+        order = torch.randperm(heads, generator=torch.Generator().manual_seed(seed))
+        for name, dimension in (("gate", 1), ("hard_text_features", 0)):
+            arguments[name] = arguments[name].index_select(dimension, order)
+        shuffled = raw(arguments, top_k=top_k)
+        for i, (x, y) in enumerate(zip(results, shuffled, strict=True)):
+            x = x if i < 3 else x[:, order]
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
 
 class TestErrors:
@@ -317,10 +803,23 @@ class TestErrors:
         with pytest.raises(ValueError, match="image_features: expected at least one element"):
             gated_mixture_loss(**problem(batch=0))
 
-    def test_labels_are_read_on_request(self, monkeypatch):
-        monkeypatch.setenv("VLFAST_CHECK", "1")
-        with pytest.raises(ValueError, match="labels: expected values from 0 to 6, got 7 to 7"):
-            gated_mixture_loss(**problem(labels=torch.full((5,), 7)))
+    @pytest.mark.parametrize("checked", ["0", "1"])
+    @pytest.mark.parametrize("dtype", [F64, F32], ids=str)
+    @pytest.mark.parametrize("label", [-1, 7])
+    def test_labels_out_of_range(self, label, dtype, checked, monkeypatch):
+        monkeypatch.setenv("VLFAST_CHECK", checked)
+        labels = torch.full((5,), label)
+        message = f"^labels: expected values from 0 to 6, got {label}"
+        with pytest.raises(ValueError, match=message):
+            gated_mixture_loss(**problem(dtype=dtype, labels=labels))
+        with backends.reference_only(), pytest.raises(ValueError, match=message):
+            gated_mixture_loss(**problem(dtype=dtype, labels=labels))
+
+    def test_where_labels_cannot_be_read_only_their_images_suffer(self):
+        arguments = in_order(problem(labels=torch.tensor([0, 7, 2, -1, 4])))
+        distillation, selection = reference.gated_mixture(*arguments)
+        assert distillation.isfinite().all()
+        assert selection.isnan().tolist() == [False, True, False, True, False]
 
     def test_the_scale_is_not_optional(self):
         arguments = problem()

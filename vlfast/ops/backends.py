@@ -18,6 +18,7 @@ KERNELS = {
     ("perplexity", "cuda"): "perplexity_cuda",
     ("symmetric_kl", "cpu"): "symmetric_kl_cpu",
     ("symmetric_kl", "cuda"): "symmetric_kl_cuda",
+    ("gated_mixture", "cpu"): "gated_mixture_cpu",
 }
 OPS = ("perplexity", "symmetric_kl", "gated_mixture")
 

@@ -10,7 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .._extension import extension
 from . import checks, reference
+from .backends import kernel_serves
+from .symmetric_kl import DTYPES, tensor_and_factor
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -43,7 +46,8 @@ def gated_mixture_loss(
         hard_text_features: [H, C, d] floating, of H hand-written prompts for each of C classes,
             L2-normalised by the caller; no gradient.
         student_logits: [B, C] floating, scaled already.
-        labels: int64 [B], from 0 to C - 1 (values are looked at only under VLFAST_CHECK=1).
+        labels: int64 [B], from 0 to C - 1. On a GPU the values are looked at only under
+            VLFAST_CHECK=1; without it the selection loss of another label is NaN.
         logit_scale: of the teachers, finite and > 0; a number or a 0-d tensor; no gradient.
         temperature: of the distillation, finite and > 0; a number or a 0-d tensor; no gradient.
         top_k: prompts an image learns from, from 1 to H. Ties: the smaller index. With 1, the
@@ -53,12 +57,17 @@ def gated_mixture_loss(
     Returns:
         (distillation, selection) in nats: fp32, or fp64 if a feature, the gate or the logits are.
         Half-precision inputs are computed in fp32. Both give a gradient to ``gate``, distillation
-        also to ``student_logits``, each in the dtype of its input.
+        also to ``student_logits``, each in the dtype of its input. A row with a value that is not
+        finite gives NaN for itself alone. Scales on the GPU are not read by the host.
+
+    fp64, other devices than CPU and CUDA, and functorch transforms are served by plain PyTorch. For
+    second derivatives compute the losses under ``vlfast.ops.backends.reference_only()``; without
+    it, create_graph=True raises RuntimeError.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes or devices disagree, a tensor is empty, a number is out of range, or
-            image_features, hard_text_features, logit_scale or temperature requires grad.
+        ValueError: shapes or devices disagree, a tensor is empty, a number or a label is out of
+            range, or image_features, hard_text_features, logit_scale or temperature requires grad.
 
     Source: MoPD, arXiv 2412.19087: the gated prompt selection, the distillation and the
     mixture-of-prompts selection loss. Ours, where it is left open: the order among ties.
@@ -74,16 +83,27 @@ def gated_mixture_loss(
         top_k,
         reduction,
     )
-    distillation, selection = reference.gated_mixture(
-        image_features,
-        gate,
-        hard_text_features,
-        student_logits,
-        labels,
-        logit_scale,
-        temperature,
-        top_k,
-    )
+    inputs = (image_features, gate, hard_text_features, student_logits)
+    if kernel_can_serve(*inputs):
+        logit_scale, logit_scale_factor = tensor_and_factor(logit_scale)
+        temperature, temperature_factor = tensor_and_factor(temperature)
+        arguments = (
+            *inputs,
+            labels,
+            logit_scale,
+            temperature,
+            logit_scale_factor,
+            temperature_factor,
+            top_k,
+        )
+        if (gate.requires_grad or student_logits.requires_grad) and torch.is_grad_enabled():
+            distillation, selection = GatedMixture.apply(*arguments)
+        else:
+            distillation, selection = torch.ops.vlfast.gated_mixture(*arguments, False)[:2]
+    else:
+        distillation, selection = reference.gated_mixture(
+            *inputs, labels, logit_scale, temperature, top_k
+        )
     if reduction == "none":
         return distillation, selection
     if reduction == "sum":
@@ -151,3 +171,200 @@ def check_arguments(
         temperature=temperature,
     )
     checks.check_in_range("labels", labels, student_logits.shape[1])
+
+
+def kernel_can_serve(*inputs: Tensor) -> bool:
+    """Whether there is a kernel for these dtypes, here."""
+    if any(x.dtype not in DTYPES for x in inputs):
+        return False
+    if reference.accumulation_dtype(*inputs) == torch.float64:
+        return False
+    return kernel_serves("gated_mixture", inputs[0])
+
+
+class GatedMixture(torch.autograd.Function):
+    """The op and its gradients, which the forward has already computed for an upstream of 1."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        image_features: Tensor,
+        gate: Tensor,
+        hard_text_features: Tensor,
+        student_logits: Tensor,
+        labels: Tensor,
+        logit_scale: Tensor | None,
+        temperature: Tensor | None,
+        logit_scale_factor: float,
+        temperature_factor: float,
+        top_k: int,
+    ) -> tuple[Tensor, Tensor]:
+        distillation, selection, *of_rows = torch.ops.vlfast.gated_mixture(
+            image_features,
+            gate,
+            hard_text_features,
+            student_logits,
+            labels,
+            logit_scale,
+            temperature,
+            logit_scale_factor,
+            temperature_factor,
+            top_k,
+            True,
+        )
+        ctx.save_for_backward(image_features, *of_rows)
+        ctx.gate_dtype, ctx.student_dtype = gate.dtype, student_logits.dtype
+        # Without zeros in its place, a loss that is not used adds nothing, even where it is NaN.
+        ctx.set_materialize_grads(False)
+        return distillation, selection
+
+    @staticmethod
+    def backward(
+        ctx: Any, of_distillation: Tensor | None, of_selection: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        # once_differentiable would be silent here: the saved gradients carry no graph of their own.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "gated_mixture_loss: create_graph=True needs the reference; compute the losses "
+                "under vlfast.ops.backends.reference_only()"
+            )
+        image_features, to_student, distillation_to_scores, selection_to_scores = ctx.saved_tensors
+        for_gate = for_student = None
+        if ctx.needs_input_grad[1]:
+            shares = [
+                to_scores * upstream[:, None]
+                for to_scores, upstream in (
+                    (distillation_to_scores, of_distillation),
+                    (selection_to_scores, of_selection),
+                )
+                if upstream is not None
+            ]
+            for_scores = shares[0] if len(shares) == 1 else shares[0] + shares[1]
+            # In this order the product is three times as fast on a CPU.
+            with reference.without_autocast(for_scores):
+                transposed = for_scores.T @ image_features.to(for_scores.dtype)
+            for_gate = transposed.T.contiguous().to(ctx.gate_dtype)
+        if ctx.needs_input_grad[3] and of_distillation is not None:
+            for_student = (to_student * of_distillation[:, None]).to(ctx.student_dtype)
+        return None, for_gate, None, for_student, *[None] * 6
+
+
+LIBRARY = torch.library.Library("vlfast", "FRAGMENT")
+LIBRARY.define(
+    "gated_mixture(Tensor image_features, Tensor gate, Tensor hard_text_features, "
+    "Tensor student_logits, Tensor labels, Tensor? logit_scale, Tensor? temperature, "
+    "float logit_scale_factor, float temperature_factor, int top_k, bool with_gradient) "
+    # [B] and [B]; [B, C], [B, H] and [B, H], the gradients of each row, or empty.
+    "-> (Tensor distillation, Tensor selection, Tensor distillation_to_student, "
+    "Tensor distillation_to_scores, Tensor selection_to_scores)"
+)
+
+
+def gated_mixture_cpu(
+    image_features: Tensor,
+    gate: Tensor,
+    hard_text_features: Tensor,
+    student_logits: Tensor,
+    labels: Tensor,
+    logit_scale: Tensor | None,
+    temperature: Tensor | None,
+    logit_scale_factor: float,
+    temperature_factor: float,
+    top_k: int,
+    with_gradient: bool,
+) -> tuple[Tensor, ...]:
+    results = empty_results(gate, student_logits, with_gradient)
+    image_features, gate, student_logits = (
+        x.to(torch.float32).contiguous() for x in (image_features, gate, student_logits)
+    )
+    hard_text_features, labels = hard_text_features.contiguous(), labels.contiguous()
+    extension().gated_mixture_cpu(
+        DTYPES[hard_text_features.dtype],
+        *image_features.shape,
+        *hard_text_features.shape[:2],
+        top_k,
+        image_features.data_ptr(),
+        gate.data_ptr(),
+        hard_text_features.data_ptr(),
+        student_logits.data_ptr(),
+        labels.data_ptr(),
+        logit_scale_factor if logit_scale is None else logit_scale_factor * logit_scale.item(),
+        temperature_factor if temperature is None else temperature_factor * temperature.item(),
+        *(result.data_ptr() for result in results),
+        torch.get_num_threads(),
+    )
+    return results
+
+
+def gated_mixture_cuda(
+    image_features: Tensor,
+    gate: Tensor,
+    hard_text_features: Tensor,
+    student_logits: Tensor,
+    labels: Tensor,
+    logit_scale: Tensor | None,
+    temperature: Tensor | None,
+    logit_scale_factor: float,
+    temperature_factor: float,
+    top_k: int,
+    with_gradient: bool,
+) -> tuple[Tensor, ...]:
+    from .triton.gated_mixture import gated_mixture
+
+    return gated_mixture(
+        image_features,
+        gate,
+        hard_text_features,
+        student_logits,
+        labels,
+        number_on_gpu(logit_scale, logit_scale_factor),
+        number_on_gpu(temperature, temperature_factor),
+        top_k,
+        with_gradient,
+    )
+
+
+def number_on_gpu(number: Tensor | None, factor: float) -> Tensor | float:
+    """Their product. A tensor stays on the GPU, where the kernel reads it."""
+    if number is None:
+        return factor
+    return number if factor == 1 else number * factor
+
+
+def gated_mixture_fake(
+    image_features: Tensor,
+    gate: Tensor,
+    hard_text_features: Tensor,
+    student_logits: Tensor,
+    labels: Tensor,
+    logit_scale: Tensor | None,
+    temperature: Tensor | None,
+    logit_scale_factor: float,
+    temperature_factor: float,
+    top_k: int,
+    with_gradient: bool,
+) -> tuple[Tensor, ...]:
+    return empty_results(gate, student_logits, with_gradient)
+
+
+def empty_results(gate: Tensor, student_logits: Tensor, with_gradient: bool) -> tuple[Tensor, ...]:
+    """Room for the losses and, or empty, the gradients of each row, in fp32.
+
+    A gradient in fp16 could underflow before a gradient scaler's factor reaches it.
+    """
+    images, classes = student_logits.shape
+    heads = gate.shape[1]
+    shapes = ((images, classes), (images, heads), (images, heads))
+    return tuple(
+        student_logits.new_empty(shape, dtype=torch.float32)
+        for shape in (
+            (images,),
+            (images,),
+            *(shape if with_gradient else (0, 0) for shape in shapes),
+        )
+    )
+
+
+LIBRARY.impl("gated_mixture", gated_mixture_cpu, "CPU")
+LIBRARY.impl("gated_mixture", gated_mixture_cuda, "CUDA")
+torch.library.register_fake("vlfast::gated_mixture", gated_mixture_fake, lib=LIBRARY)

@@ -189,7 +189,7 @@ def gated_mixture(
     """The distillation and the selection loss of each image: ([B], [B]).
 
     image_features [B, d]; gate [d, H]; hard_text_features [H, C, d]; student_logits [B, C];
-    labels int64 [B].
+    labels int64 [B]. A label out of range gives NaN in the selection loss of its image.
     """
     dtype = accumulation_dtype(image_features, gate, hard_text_features, student_logits)
     image_features, gate, hard_text_features, student_logits = (
@@ -206,8 +206,10 @@ def gated_mixture(
     teachers = teachers * in_dtype(logit_scale, dtype)
     log_student = (student_logits / temperature).log_softmax(-1)
     divergences = divergence((teachers / temperature).log_softmax(-1), log_student[:, None])
-    label_of_teacher = labels[:, None, None].expand(-1, top_k, 1)
+    in_range = labels.clamp(0, classes - 1)
+    label_of_teacher = in_range[:, None, None].expand(-1, top_k, 1)
     cross_entropies = -teachers.log_softmax(-1).gather(2, label_of_teacher)[:, :, 0]
+    cross_entropies = cross_entropies.where((labels == in_range)[:, None], torch.nan)
     distillation = temperature**2 * (weights * divergences).sum(1)
     return distillation, (weights * cross_entropies).sum(1)
 
