@@ -12,15 +12,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Of the tile of gate products: features times heads.
-GATE_TILE = 8192
+# Of the tile of gate products: features times heads, and features alone.
+GATE_TILE, MOST_FEATURES = 8192, 512
 # Of the tile of logits: teachers and student, times classes.
 LOGIT_TILE = 4096
 LISTED_IMAGES = 1024
+# Of the heads whose gradients are written at once.
+HEAD_TILE = 16
 # Images, classes and features of a tile of a product. An image selects few of the heads, so that
-# a head has few images. Without tensor cores the operands are held in registers.
-HALF_PRODUCT = {"BLOCK_B": 32, "BLOCK_C": 64, "BLOCK_D": 64, "num_warps": 4, "num_stages": 4}
-FLOAT_PRODUCT = {"BLOCK_B": 32, "BLOCK_C": 64, "BLOCK_D": 16, "num_warps": 4, "num_stages": 4}
+# a head has few images. The second is for operands that go through registers: those of fp32
+# arithmetic, and rows that are not aligned, which are read element by element.
+WIDE_PRODUCT = {"BLOCK_B": 32, "BLOCK_C": 64, "BLOCK_D": 64, "num_warps": 4, "num_stages": 4}
+NARROW_PRODUCT = {"BLOCK_B": 32, "BLOCK_C": 64, "BLOCK_D": 16, "num_warps": 4, "num_stages": 4}
+# Another batch or pool compiles nothing anew, and numbers do not hang on Triton's defaults.
+ANY_VALUE = ["images", "heads", "top_k"]
+FUSED = {"enable_fp_fusion": True}
 
 
 def gated_mixture(
@@ -72,7 +78,7 @@ def gated_mixture(
 
     head_block = triton.next_power_of_2(heads)
     halves = image_features.dtype == hard_text_features.dtype != torch.float32
-    product = HALF_PRODUCT if halves else FLOAT_PRODUCT
+    product = WIDE_PRODUCT if halves and width % 16 == 0 else NARROW_PRODUCT
     # Every head that was selected at all may leave a tile partly filled.
     pairs = images * top_k
     tiles = pairs // product["BLOCK_B"] + min(pairs, heads)
@@ -88,14 +94,15 @@ def gated_mixture(
             width,
             heads,
             top_k,
-            BLOCK_D=max(GATE_TILE // head_block, 1),
+            BLOCK_D=min(max(GATE_TILE // head_block, 1), MOST_FEATURES),
             BLOCK_H=head_block,
             num_warps=8,
+            **FUSED,
         )
         list_images[(heads,)](
-            slots, members, counts, images, top_k, BLOCK_B=LISTED_IMAGES, num_warps=4
+            slots, members, counts, images, top_k, BLOCK_B=LISTED_IMAGES, num_warps=4, **FUSED
         )
-        multiply_selected[(triton.cdiv(classes, product["BLOCK_C"]), tiles)](
+        multiply_selected[(tiles, triton.cdiv(classes, product["BLOCK_C"]))](
             image_features,
             hard_text_features,
             members,
@@ -109,6 +116,7 @@ def gated_mixture(
             top_k,
             BLOCK_H=head_block,
             **product,
+            **FUSED,
         )
         compare_with_student[(images,)](
             student_logits,
@@ -125,8 +133,9 @@ def gated_mixture(
             WITH_GRADIENT=with_gradient,
             ROWS=rows,
             BLOCK_C=max(min(LOGIT_TILE // rows, triton.next_power_of_2(classes)), 16),
-            BLOCK_H=16,
+            BLOCK_H=HEAD_TILE,
             num_warps=8,
+            **FUSED,
         )
     return results
 
@@ -148,7 +157,7 @@ def number_of(number):
         return number.to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_VALUE)
 def select_heads(
     image_features,
     gate,
@@ -197,7 +206,7 @@ def select_heads(
     tl.store(slots + head.to(tl.int64) * images + image, slot, mask=is_head)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images", "top_k"])
 def list_images(slots, members, counts, images, top_k, BLOCK_B: tl.constexpr):
     """For a head: the images that selected it, as image * top_k + place, and how many they are."""
     head = tl.program_id(0).to(tl.int64)
@@ -212,7 +221,7 @@ def list_images(slots, members, counts, images, top_k, BLOCK_B: tl.constexpr):
     tl.store(counts + head, count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_VALUE)
 def multiply_selected(
     image_features,
     text_features,
@@ -233,7 +242,7 @@ def multiply_selected(
     """Teacher logits of a block of classes, for up to BLOCK_B of the images of one head."""
     every_head = tl.arange(0, BLOCK_H)
     tiles = tl.cdiv(tl.load(counts + every_head, mask=every_head < heads, other=0), BLOCK_B)
-    tile = tl.program_id(1)
+    tile = tl.program_id(0)
     # The tiles of the heads stand one after the other; the grid has room for the most there can be.
     head = tl.sum((tl.cumsum(tiles, 0) <= tile).to(tl.int32), 0)
     if head >= heads:
@@ -244,7 +253,7 @@ def multiply_selected(
     position = tile * BLOCK_B + tl.arange(0, BLOCK_B)
     filled = position < tl.load(counts + head)
     member = tl.load(members + head * images + position, mask=filled, other=0).to(tl.int64)
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     is_class = c < classes
     image_rows = image_features + (member // top_k * width)[:, None]
     text_rows = text_features + ((head * classes + c) * width)[None, :]
@@ -252,12 +261,8 @@ def multiply_selected(
     for start in range(0, width, BLOCK_D):
         feature = start + tl.arange(0, BLOCK_D)
         inside = feature < width
-        x = tl.load(
-            image_rows + feature[None, :], mask=filled[:, None] & inside[None, :], other=0
-        )
-        w = tl.load(
-            text_rows + feature[:, None], mask=inside[:, None] & is_class[None, :], other=0
-        )
+        x = tl.load(image_rows + feature[None, :], mask=filled[:, None] & inside[None, :], other=0)
+        w = tl.load(text_rows + feature[:, None], mask=inside[:, None] & is_class[None, :], other=0)
         if x.dtype != w.dtype:
             x, w = x.to(tl.float32), w.to(tl.float32)
         products = tl.dot(x, w, products, input_precision="ieee")
@@ -268,7 +273,7 @@ def multiply_selected(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_VALUE)
 def compare_with_student(
     student_logits,
     teachers,
@@ -350,9 +355,8 @@ def compare_with_student(
 
     label = tl.load(labels + image)
     known = (label >= 0) & (label < classes)
-    of_label = tl.load(
-        teachers + (image * top_k + row) * classes + label, mask=is_teacher & known, other=0
-    )
+    label = tl.where(known, label, 0)
+    of_label = tl.load(teachers + (image * top_k + row) * classes + label, mask=is_teacher, other=0)
     cross_entropy = tl.where(known, tl.log(plain) - (of_label - top), float("nan"))
     divergence *= temperature * temperature
     distilled = tl.sum(tl.where(is_teacher, weight * divergence, 0), 0)
