@@ -15,7 +15,7 @@ from torch import Tensor
 # Of the tile of gate products: features times heads, and features alone.
 GATE_TILE, MOST_FEATURES = 8192, 512
 # Of the tile of logits: teachers and student, times classes.
-LOGIT_TILE = 4096
+LOGIT_TILE = 8192
 LISTED_IMAGES = 1024
 # Of the heads whose gradients are written at once.
 HEAD_TILE = 16
@@ -74,7 +74,9 @@ def gated_mixture(
     slots = empty(heads, images, dtype=torch.int32)
     members = empty(heads, images, dtype=torch.int32)
     counts = empty(heads, dtype=torch.int32)
-    teachers = empty(images * top_k, classes)
+    # Rows that start where a wide load may. Beyond the classes they hold zeros.
+    stride = triton.cdiv(classes, 16) * 16
+    teachers = empty(images * top_k, stride)
 
     head_block = triton.next_power_of_2(heads)
     halves = image_features.dtype == hard_text_features.dtype != torch.float32
@@ -113,6 +115,7 @@ def gated_mixture(
             width,
             heads,
             classes,
+            stride,
             top_k,
             BLOCK_H=head_block,
             **product,
@@ -129,12 +132,13 @@ def gated_mixture(
             images,
             heads,
             classes,
+            stride,
             top_k,
             WITH_GRADIENT=with_gradient,
             ROWS=rows,
             BLOCK_C=max(min(LOGIT_TILE // rows, triton.next_power_of_2(classes)), 16),
             BLOCK_H=HEAD_TILE,
-            num_warps=8,
+            num_warps=16,
             **FUSED,
         )
     return results
@@ -233,6 +237,7 @@ def multiply_selected(
     width,
     heads,
     classes,
+    stride,
     top_k,
     BLOCK_H: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -267,9 +272,9 @@ def multiply_selected(
             x, w = x.to(tl.float32), w.to(tl.float32)
         products = tl.dot(x, w, products, input_precision="ieee")
     tl.store(
-        teachers + (member * classes)[:, None] + c[None, :],
+        teachers + (member * stride)[:, None] + c[None, :],
         products * number_of(logit_scale),
-        mask=filled[:, None] & is_class[None, :],
+        mask=filled[:, None] & (c < stride)[None, :],
     )
 
 
@@ -289,6 +294,7 @@ def compare_with_student(
     images,
     heads,
     classes,
+    stride,
     top_k,
     WITH_GRADIENT: tl.constexpr,
     ROWS: tl.constexpr,
@@ -302,7 +308,7 @@ def compare_with_student(
     row = tl.arange(0, ROWS)
     is_teacher = row < top_k
     is_student = row == top_k
-    teacher_rows = teachers + ((image * top_k + row) * classes)[:, None]
+    teacher_rows = teachers + ((image * top_k + row) * stride)[:, None]
     student_row = student_logits + image * classes
 
     # The student is the row after the teachers: where it equals one, their normalisers are equal
@@ -316,7 +322,7 @@ def compare_with_student(
         is_class = c < classes
         student = tl.load(student_row + c, mask=is_class, other=0).to(tl.float32)
         teacher = tl.load(
-            teacher_rows + c[None, :], mask=is_teacher[:, None] & is_class[None, :], other=0
+            teacher_rows + c[None, :], mask=is_teacher[:, None] & (c < stride)[None, :], other=0
         )
         logits = tl.where(is_student[:, None], student[None, :], teacher)
         broken |= tl.max((tl.abs(logits) < float("inf")).to(tl.int32) ^ 1, 1)
@@ -341,7 +347,10 @@ def compare_with_student(
         is_class = c < classes
         is_term = is_teacher[:, None] & is_class[None, :]
         student = tl.load(student_row + c, mask=is_class, other=0).to(tl.float32) - student_top
-        teacher = tl.load(teacher_rows + c[None, :], mask=is_term, other=0) - top[:, None]
+        teacher = tl.load(
+            teacher_rows + c[None, :], mask=is_teacher[:, None] & (c < stride)[None, :], other=0
+        )
+        teacher -= top[:, None]
         p = tl.exp(teacher * sharpness) * (1 / softened)[:, None]
         q = (tl.exp(student * sharpness) * (1 / student_softened))[None, :]
         d = (teacher - student[None, :]) * sharpness - log_ratio[:, None]
@@ -356,7 +365,7 @@ def compare_with_student(
     label = tl.load(labels + image)
     known = (label >= 0) & (label < classes)
     label = tl.where(known, label, 0)
-    of_label = tl.load(teachers + (image * top_k + row) * classes + label, mask=is_teacher, other=0)
+    of_label = tl.load(teachers + (image * top_k + row) * stride + label, mask=is_teacher, other=0)
     cross_entropy = tl.where(known, tl.log(plain) - (of_label - top), float("nan"))
     divergence *= temperature * temperature
     distilled = tl.sum(tl.where(is_teacher, weight * divergence, 0), 0)
