@@ -205,7 +205,7 @@ def select_heads(
     top = tl.max(tl.where(selected, scores, float("-inf")), 0)
     exponentials = tl.where(selected, tl.exp(scores - top), 0)
     broken = tl.max(tl.where(is_head & (finite == 0), 1, 0), 0) > 0
-    weight = tl.where(broken, float("nan"), exponentials / tl.sum(exponentials, 0))
+    weight = tl.where(broken, float("nan"), tl.div_rn(exponentials, tl.sum(exponentials, 0)))
     tl.store(weights + image * top_k + slot, weight, mask=selected)
     tl.store(slots + head.to(tl.int64) * images + image, slot, mask=is_head)
 
@@ -304,7 +304,7 @@ def compare_with_student(
     """The losses and gradients of an image, in two sweeps over the logits."""
     image = tl.program_id(0).to(tl.int64)
     temperature = number_of(temperature)
-    sharpness = 1 / temperature
+    sharpness = tl.div_rn(1.0, temperature)
     row = tl.arange(0, ROWS)
     is_teacher = row < top_k
     is_student = row == top_k
@@ -338,7 +338,9 @@ def compare_with_student(
     plain = tl.where(broken > 0, float("nan"), plain)
     student_top = tl.sum(tl.where(is_student, top, 0), 0)
     student_softened = tl.sum(tl.where(is_student, softened, 0), 0)
-    log_ratio = tl.log(softened / student_softened)
+    # Triton's own division may miss the 1 that equal normalisers must give.
+    log_ratio = tl.log(tl.div_rn(softened, student_softened))
+    to_p, to_q = tl.div_rn(1.0, softened), tl.div_rn(1.0, student_softened)
 
     weight = tl.load(weights + image * top_k + row, mask=is_teacher, other=0)
     divergence = tl.zeros([ROWS], tl.float32)
@@ -351,8 +353,8 @@ def compare_with_student(
             teacher_rows + c[None, :], mask=is_teacher[:, None] & (c < stride)[None, :], other=0
         )
         teacher -= top[:, None]
-        p = tl.exp(teacher * sharpness) * (1 / softened)[:, None]
-        q = (tl.exp(student * sharpness) * (1 / student_softened))[None, :]
+        p = tl.exp(teacher * sharpness) * to_p[:, None]
+        q = (tl.exp(student * sharpness) * to_q)[None, :]
         d = (teacher - student[None, :]) * sharpness - log_ratio[:, None]
         forward, difference = kl_terms(p, q, d)
         divergence += tl.sum(tl.where(is_term, forward, 0), 1)
