@@ -242,6 +242,20 @@ class TestNumbers:
             assert torch.equal(actual["selection"], expected["selection"])
             assert torch.equal(actual["selection_to_scores"], expected["selection_to_scores"])
 
+    def test_a_prompt_that_is_not_finite_stays_with_who_selected_it(self):
+        arguments = problem(9)
+        expected = computed(arguments)
+        selected = expected["selection_to_scores"][:, 1] != 0
+        assert 0 < selected.sum() < 9
+        # Minus infinity for some images, plus infinity for others.
+        arguments["hard_text_features"] = arguments["hard_text_features"].clone()
+        arguments["hard_text_features"][1, 3, 0] = torch.inf
+        actual = computed(arguments)
+        assert_same(actual, expected, ~selected)
+        for name in ("distillation", "selection"):
+            assert torch.equal(actual[name].isnan(), selected)
+        assert torch.equal(actual["distillation_to_student"].isnan().all(1), selected)
+
     @pytest.mark.parametrize("dtype", [torch.float64, F32, F16])
     def test_numbers_as_tensors(self, dtype):
         arguments = problem()
