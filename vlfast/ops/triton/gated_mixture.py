@@ -24,7 +24,7 @@ HEAD_TILE = 16
 # arithmetic, and rows that are not aligned, which are read element by element.
 WIDE_PRODUCT = {"BLOCK_B": 32, "BLOCK_C": 64, "BLOCK_D": 64, "num_warps": 4, "num_stages": 4}
 NARROW_PRODUCT = {"BLOCK_B": 32, "BLOCK_C": 64, "BLOCK_D": 16, "num_warps": 4, "num_stages": 4}
-# Another batch or pool compiles nothing anew, and numbers do not hang on Triton's defaults.
+# Another size of the batch compiles nothing anew, and numbers do not hang on Triton's defaults.
 ANY_VALUE = ["images", "heads", "top_k"]
 FUSED = {"enable_fp_fusion": True}
 
