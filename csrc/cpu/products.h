@@ -46,7 +46,7 @@ using Vector16 = float __attribute__((vector_size(16)));
 // So much of the width at a time that 32 lanes of queries (64 KB) stay in the L2 cache beside the
 // words. Smaller ones, which fit the L1 cache, measure slower.
 constexpr std::int64_t kDepth = 512;
-constexpr std::int64_t kCacheLine = 16;
+constexpr std::int64_t kCacheLine = 16;  // floats
 
 // Sums are taken over so many terms, then over those: long ones keep the rounding errors of short
 // ones.
