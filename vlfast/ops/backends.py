@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,13 +13,30 @@ from torch import Tensor
 
 from .. import _extension
 
-# The function of vlfast._C that serves an op on a type of device.
+
+class Kernel(NamedTuple):
+    """What serves an op on a type of device: its language, and where it is to be found."""
+
+    language: str
+    function: str
+    limits: str = ""
+
+
 KERNELS = {
-    ("perplexity", "cpu"): "perplexity_cpu",
-    ("perplexity", "cuda"): "perplexity_cuda",
-    ("symmetric_kl", "cpu"): "symmetric_kl_cpu",
-    ("symmetric_kl", "cuda"): "symmetric_kl_cuda",
-    ("gated_mixture", "cpu"): "gated_mixture_cpu",
+    ("perplexity", "cpu"): Kernel(
+        "C++", "vlfast._C.perplexity_cpu", "top_k above 512 and fp64 by PyTorch, 64 rows at a time"
+    ),
+    ("perplexity", "cuda"): Kernel(
+        "CUDA",
+        "vlfast._C.perplexity_cuda",
+        "more than 64 rows or a top_k above 64 and fp64 by PyTorch, 64 rows at a time",
+    ),
+    ("symmetric_kl", "cpu"): Kernel("C++", "vlfast._C.symmetric_kl_cpu"),
+    ("symmetric_kl", "cuda"): Kernel("CUDA", "vlfast._C.symmetric_kl_cuda"),
+    ("gated_mixture", "cpu"): Kernel("C++", "vlfast._C.gated_mixture_cpu", "fp64 by the reference"),
+    ("gated_mixture", "cuda"): Kernel(
+        "Triton", "vlfast.ops.triton.gated_mixture", "fp64 by the reference"
+    ),
 }
 OPS = ("perplexity", "symmetric_kl", "gated_mixture")
 
@@ -79,10 +97,13 @@ def kernel_serves(op: str, tensor: Tensor) -> bool:
 
 def why_no_kernel(op: str, device_type: str, index: int | None = None) -> str | None:
     """Why no kernel serves this op on this device, and what to do; None where one does."""
-    if (op, device_type) not in KERNELS:
+    kernel = KERNELS.get((op, device_type))
+    if kernel is None:
         return "no kernel is written for it"
+    if kernel.language == "Triton":
+        return why_no_triton(index)
     if device_type == "cuda" and torch.version.hip:
-        return "the kernels are for NVIDIA GPUs"
+        return "the kernel is for NVIDIA GPUs"
     if missing := _extension.why_no_kernels(device_type):
         return missing
     if device_type == "cuda":
@@ -94,6 +115,17 @@ def why_no_kernel(op: str, device_type: str, index: int | None = None) -> str | 
 # A constant to torch.compile. torch.compiler.assume_constant_result sets this mark too, but imports
 # the whole compiler, which takes longer than torch itself.
 why_no_kernel._dynamo_marked_constant = True
+
+
+def why_no_triton(index: int | None) -> str | None:
+    """Why Triton does not serve on this GPU, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed, which comes with PyTorch on Linux; pip install triton"
+    capability = torch.cuda.get_device_capability(index)
+    if not torch.version.hip and capability < (8, 0):
+        has = ".".join(map(str, capability))
+        return f"the kernel needs compute capability 8.0, and this GPU has {has}"
+    return None
 
 
 def why_not_compiled_for(capability: tuple[int, int], archs: str) -> str | None:
@@ -132,4 +164,5 @@ def _backend_and_reason(op: str, device: str) -> tuple[str, str]:
     reason = why_no_kernel(op, device)
     if reason:
         return "reference", reason
-    return ("C++" if device == "cpu" else "CUDA"), f"vlfast._C.{KERNELS[op, device]}"
+    kernel = KERNELS[op, device]
+    return kernel.language, "; ".join(filter(None, (kernel.function, kernel.limits)))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._extension import extension
 from . import checks, reference
-from .backends import kernel_serves
+from .backends import dispatcher_sees, kernel_serves
 from .symmetric_kl import DTYPES, tensor_and_factor
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -99,7 +99,7 @@ def gated_mixture_loss(
         if (gate.requires_grad or student_logits.requires_grad) and torch.is_grad_enabled():
             distillation, selection = GatedMixture.apply(*arguments)
         else:
-            distillation, selection = torch.ops.vlfast.gated_mixture(*arguments, False)[:2]
+            distillation, selection = run_kernel(*arguments, False)[:2]
     else:
         distillation, selection = reference.gated_mixture(
             *inputs, labels, logit_scale, temperature, top_k
@@ -199,7 +199,7 @@ class GatedMixture(torch.autograd.Function):
         temperature_factor: float,
         top_k: int,
     ) -> tuple[Tensor, Tensor]:
-        distillation, selection, *of_rows = torch.ops.vlfast.gated_mixture(
+        distillation, selection, *of_rows = run_kernel(
             image_features,
             gate,
             hard_text_features,
@@ -247,6 +247,14 @@ class GatedMixture(torch.autograd.Function):
         if ctx.needs_input_grad[3] and of_distillation is not None:
             for_student = (to_student * of_distillation[:, None]).to(ctx.student_dtype)
         return None, for_gate, None, for_student, *[None] * 6
+
+
+def run_kernel(image_features: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    """The op, by the shortest way there is."""
+    if dispatcher_sees(image_features):
+        return torch.ops.vlfast.gated_mixture(image_features, *others)
+    kernel = gated_mixture_cpu if image_features.is_cpu else gated_mixture_cuda
+    return kernel(image_features, *others)
 
 
 LIBRARY = torch.library.Library("vlfast", "FRAGMENT")
