@@ -82,7 +82,8 @@ VLFAST_INLINE float top_logit(const float* logits, std::int64_t classes) {
   float zero = 0;
 #pragma omp simd reduction(max : largest) reduction(+ : zero)
   for (std::int64_t c = 0; c < classes; ++c) {
-    largest = std::max(largest, logits[c]);
+    // Not std::max, whose references keep gcc from vectorising the loop.
+    largest = largest < logits[c] ? logits[c] : largest;
     zero += logits[c] * 0;
   }
   return largest + zero;
