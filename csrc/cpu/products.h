@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "dispatch.h"
 #include "vlfast/inline.h"
 
 // Matrix products of a few rows ("queries") with many ("words"), in fp32. The words are read where
@@ -11,9 +12,6 @@
 //
 // Every sum is taken over its terms in one order, so that it has the same bits wherever the tile
 // that it falls into begins or ends.
-#if defined(__x86_64__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__)
-#define VLFAST_X86_PRODUCTS
-#endif
 
 namespace vlfast {
 
@@ -191,9 +189,8 @@ VLFAST_INLINE void sum(const Sums& by) {
 inline void score_default(const Scores& by) { score<Vector16, 5, 2, Vector16>(by); }
 inline void sum_default(const Sums& by) { sum<Vector16, 4, 2>(by); }
 
-#ifdef VLFAST_X86_PRODUCTS
+#if VLFAST_X86_LEVEL >= 3
 using Vector32 = float __attribute__((vector_size(32)));
-using Vector64 = float __attribute__((vector_size(64)));
 
 __attribute__((target("arch=x86-64-v3"))) inline void score_v3(const Scores& by) {
   score<Vector32, 6, 2, Vector32>(by);
@@ -201,6 +198,11 @@ __attribute__((target("arch=x86-64-v3"))) inline void score_v3(const Scores& by)
 __attribute__((target("arch=x86-64-v3"))) inline void sum_v3(const Sums& by) {
   sum<Vector32, 4, 3>(by);
 }
+#endif
+
+#if VLFAST_X86_LEVEL >= 4
+using Vector64 = float __attribute__((vector_size(64)));
+
 __attribute__((target("arch=x86-64-v4"))) inline void score_v4(const Scores& by) {
   score<Vector64, 12, 2, Vector32>(by);
 }
@@ -213,8 +215,10 @@ __attribute__((target("arch=x86-64-v4"))) inline void sum_v4(const Sums& by) {
 
 // scores = words . queries. Fastest with 32 lanes, and a count that is a multiple of 12.
 inline void score_words(const Scores& by) {
-#ifdef VLFAST_X86_PRODUCTS
+#if VLFAST_X86_LEVEL >= 4
   if (__builtin_cpu_supports("x86-64-v4")) return products::score_v4(by);
+#endif
+#if VLFAST_X86_LEVEL >= 3
   if (__builtin_cpu_supports("x86-64-v3")) return products::score_v3(by);
 #endif
   products::score_default(by);
@@ -222,8 +226,10 @@ inline void score_words(const Scores& by) {
 
 // sums += weights^T . words. Fastest with rows in multiples of 8, and words in the L2 cache.
 inline void sum_words(const Sums& by) {
-#ifdef VLFAST_X86_PRODUCTS
+#if VLFAST_X86_LEVEL >= 4
   if (__builtin_cpu_supports("x86-64-v4")) return products::sum_v4(by);
+#endif
+#if VLFAST_X86_LEVEL >= 3
   if (__builtin_cpu_supports("x86-64-v3")) return products::sum_v3(by);
 #endif
   products::sum_default(by);

@@ -63,11 +63,11 @@ VLFAST_INLINE float exp_negative(float x) {
   const float shifted = clamped * kLog2E + kRounder;
   const float n = shifted - kRounder;
   const float r = (clamped - n * kLn2High) - n * kLn2Low;
-  float power = 1 / 5040.0f;
-  power = power * r + 1 / 720.0f;
-  power = power * r + 1 / 120.0f;
-  power = power * r + 1 / 24.0f;
-  power = power * r + 1 / 6.0f;
+  // Of (exp(r) - 1 - r) / r^2, interpolated at Chebyshev's points: an error of 1e-8 in exp(r).
+  float power = 0.0013926184f;
+  power = power * r + 0.0083631789f;
+  power = power * r + 0.041666556f;
+  power = power * r + 0.16666576f;
   power = power * r + 0.5f;
   power = power * (r * r) + r;
   const float two_to_n = bit_cast<float>((bit_cast<std::uint32_t>(shifted) + 127) << 23);

@@ -9,7 +9,7 @@ from vlfast._extension import extension
 from vlfast.ops import backends, gated_mixture_loss, reference, symmetric_kl_loss
 
 from . import oracles
-from .support import assert_close, gradients, normal
+from .support import assert_as_precise, assert_close, gradients, normal
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 INPUTS = ("image_features", "gate", "hard_text_features", "student_logits")
@@ -292,11 +292,7 @@ def assert_as_precise_as_pytorch(arguments, **options):
     with backends.reference_only():
         theirs = losses_and_gradients(arguments, **options)
         truth = losses_and_gradients(arguments | wide, **options)
-    for mine, its, true in zip(ours, theirs, truth, strict=True):
-        assert mine.dtype == its.dtype
-        slack = 8 * max(torch.finfo(mine.dtype).eps, 1e-12) * true.abs().max().item()
-        error, its_error = ((x.double() - true).abs().max().item() for x in (mine, its))
-        assert error <= 1.5 * its_error + slack, (error, its_error, slack)
+    assert_as_precise(ours, theirs, truth)
 
 
 def exact_products(batch=4, classes=30, heads=3, dtype=F32, **changes):

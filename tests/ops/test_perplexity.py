@@ -15,7 +15,7 @@ from vlfast.ops import backends, plpp_loss, plpp_terms, reference
 from vlfast.ops import perplexity as op
 
 from . import oracles
-from .support import assert_close, gradients, normal
+from .support import assert_as_precise, assert_close, gradients, normal
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 # The kernel serves fp32 and plain PyTorch fp64, so that most tests are of both.
@@ -59,12 +59,7 @@ def assert_as_precise_as_pytorch(arguments, **options):
     with backends.reference_only():
         theirs = terms_and_gradients(*arguments, **options)
         truth = terms_and_gradients(*in_doubles(arguments), **options)
-    for mine, its, true in zip(ours, theirs, truth, strict=True):
-        assert mine.dtype == its.dtype
-        resolution = max(torch.finfo(mine.dtype).eps, 1e-12)
-        slack = (8 * resolution * true.abs().max().clamp_min(1e-3)).item()
-        error, its_error = ((x.double() - true).abs().max().item() for x in (mine, its))
-        assert error <= 1.5 * its_error + slack, (error, its_error, slack)
+    assert_as_precise(ours, theirs, truth, smallest=1e-3)
 
 
 class TestAccuracy:

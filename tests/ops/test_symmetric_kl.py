@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.ops.support import assert_close, gradients, normal
+from tests.ops.support import assert_as_precise, assert_close, gradients, normal
 from vlfast._extension import extension
 from vlfast.ops import backends, reference, symmetric_kl_loss
 
@@ -37,12 +37,7 @@ def assert_as_precise_as_pytorch(student, teacher, scale, **options):
     ours = loss_and_gradients(student, teacher, scale, **options)
     theirs = in_plain_pytorch(student, teacher, scale, **options)
     truth = exact(student, teacher, scale, **options)
-    for mine, its, true in zip(ours, theirs, truth, strict=True):
-        assert mine.dtype == its.dtype
-        resolution = max(torch.finfo(mine.dtype).eps, 1e-12)
-        slack = (16 * resolution * true.abs().max()).item()
-        error, its_error = ((x.double() - true).abs().max().item() for x in (mine, its))
-        assert error <= 1.5 * its_error + slack, (error, its_error, slack)
+    assert_as_precise(ours, theirs, truth)
 
 
 def pair(rows, classes, distance=0.1, dtype=F64, teacher_dtype=None):
