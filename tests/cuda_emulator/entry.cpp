@@ -1,0 +1,34 @@
+// What the tests call, through ctypes. The structures pass as they are.
+
+#include <cstddef>
+#include <exception>
+#include <string>
+
+#include "emulator.h"
+#include "vlfast/symmetric_kl.h"
+
+namespace {
+
+std::string message;
+
+template <typename Call>
+const char* error_of(Call call) {
+  try {
+    call();
+    return nullptr;
+  } catch (const std::exception& error) {
+    message = error.what();
+    return message.c_str();
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+void set_device(const emulated::Device* device) { emulated::device = *device; }
+
+const char* symmetric_kl(const vlfast::SymmetricKL* problem) {
+  return error_of([=] { vlfast::symmetric_kl_cuda(*problem, nullptr); });
+}
+}

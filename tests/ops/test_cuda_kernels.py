@@ -1,0 +1,231 @@
+"""The CUDA kernels, run on the CPU by tests/cuda_emulator, against their definitions in fp64."""
+
+import ctypes
+
+import pytest
+import torch
+
+from tests import cuda_emulator
+from tests.ops.support import assert_close, normal
+from vlfast.ops import reference
+
+pytestmark = pytest.mark.skipif(cuda_emulator.compiler() is None, reason="needs g++")
+
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+DTYPES = {F32: 0, F64: 1, BF16: 2, F16: 3}
+NAN = float("nan")
+
+
+class Device(ctypes.Structure):
+    _fields_ = [
+        ("multiprocessors", ctypes.c_int),
+        ("shared_per_block", ctypes.c_int),
+        ("shared_per_multiprocessor", ctypes.c_int),
+        ("schedule", ctypes.c_int),
+    ]
+
+
+class SymmetricKL(ctypes.Structure):
+    _fields_ = [
+        ("dtype", ctypes.c_int),
+        ("student", ctypes.c_void_p),
+        ("teacher", ctypes.c_void_p),
+        ("index", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("classes", ctypes.c_int64),
+        ("teacher_classes", ctypes.c_int64),
+        ("student_factor", ctypes.c_double),
+        ("teacher_factor", ctypes.c_double),
+        ("student_scale", ctypes.c_void_p),
+        ("teacher_scale", ctypes.c_void_p),
+        ("forward_weight", ctypes.c_double),
+        ("reverse_weight", ctypes.c_double),
+        ("loss", ctypes.c_void_p),
+        ("gradient", ctypes.c_void_p),
+        ("gradient_of_scale", ctypes.c_void_p),
+    ]
+
+
+class Emulator:
+    def __init__(self, library):
+        self.library = library
+        self.library.symmetric_kl.restype = ctypes.c_char_p
+        self.use()
+
+    def use(self, multiprocessors=4, shared_per_block=232448, schedule=0):
+        """As an H100 with fewer multiprocessors, unless told otherwise."""
+        of_multiprocessor = shared_per_block + 1024
+        device = Device(multiprocessors, shared_per_block, of_multiprocessor, schedule)
+        self.library.set_device(ctypes.byref(device))
+
+    def run(self, name, problem, *arguments):
+        error = getattr(self.library, name)(ctypes.byref(problem), *arguments)
+        if error is not None:
+            raise RuntimeError(error.decode())
+
+
+@pytest.fixture(scope="session")
+def built_emulator(tmp_path_factory):
+    return Emulator(cuda_emulator.build(tmp_path_factory.mktemp("cuda_emulator")))
+
+
+@pytest.fixture
+def emulator(built_emulator):
+    built_emulator.use()
+    return built_emulator
+
+
+def address(tensor):
+    return None if tensor is None else tensor.data_ptr()
+
+
+def poisoned(*shape, dtype=F32):
+    return torch.full(shape, NAN, dtype=dtype)
+
+
+def symmetric_kl(
+    emulator,
+    student,
+    teacher,
+    index=None,
+    factors=(1.0, 1.0),
+    scales=(None, None),
+    weights=(0.5, 0.5),
+    gradient=True,
+):
+    """Losses [B], gradient [B, K] and gradient to the scale [B], or just the losses."""
+    rows, classes = student.shape
+    dtype = F64 if student.dtype == F64 else F32
+    outputs = [poisoned(rows, dtype=dtype)]
+    if gradient:
+        of_student = BF16 if student.dtype == BF16 else dtype
+        outputs += [poisoned(rows, classes, dtype=of_student), poisoned(rows, dtype=dtype)]
+    problem = SymmetricKL(
+        dtype=DTYPES[student.dtype],
+        student=address(student),
+        teacher=address(teacher),
+        index=address(index),
+        rows=rows,
+        classes=classes,
+        teacher_classes=teacher.shape[1],
+        student_factor=factors[0],
+        teacher_factor=factors[1],
+        student_scale=address(scales[0]),
+        teacher_scale=address(scales[1]),
+        forward_weight=weights[0],
+        reverse_weight=weights[1],
+        loss=address(outputs[0]),
+        gradient=address(outputs[1]) if gradient else None,
+        gradient_of_scale=address(outputs[2]) if gradient else None,
+    )
+    emulator.run("symmetric_kl", problem)
+    return outputs
+
+
+def exact_symmetric_kl(student, teacher, scale, teacher_scale, index=None, weights=(0.5, 0.5)):
+    student = student.double().requires_grad_()
+    scale = torch.full((len(student), 1), scale, dtype=F64, requires_grad=True)
+    losses = reference.symmetric_kl(
+        student * scale,
+        teacher.double(),
+        teacher_scale=teacher_scale,
+        forward_weight=weights[0],
+        reverse_weight=weights[1],
+        index=index,
+    )
+    gradients = torch.autograd.grad(losses.sum(), [student, scale])
+    return [losses.detach(), gradients[0], gradients[1][:, 0]]
+
+
+def assert_all_close(actual, expected, tolerance):
+    for mine, true in zip(actual, expected, strict=True):
+        resolution = 2**-8 if mine.dtype == BF16 else 0
+        assert_close(mine, true, tolerance + resolution)
+
+
+def pair(rows, classes, dtype, teacher_classes=None, distance=0.1):
+    student = normal(rows, classes, scale=0.1)
+    if teacher_classes is not None:
+        return student.to(dtype), normal(rows, teacher_classes, seed=1, scale=0.1).to(dtype)
+    return student.to(dtype), (student + normal(rows, classes, seed=1, scale=distance)).to(dtype)
+
+
+class TestSymmetricKL:
+    @pytest.mark.parametrize(
+        "shape", [(2, 1), (5, 3), (3, 7), (2, 513), (4, 1000), (3, 1026), (2, 20930)], ids=str
+    )
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_accuracy(self, emulator, dtype, shape):
+        student, teacher = pair(*shape, dtype)
+        actual = symmetric_kl(emulator, student, teacher, factors=(100.0, 80.0))
+        tolerance = 1e-12 if dtype == F64 else 5e-6
+        assert_all_close(actual, exact_symmetric_kl(student, teacher, 100.0, 80.0), tolerance)
+        alone = symmetric_kl(emulator, student, teacher, factors=(100.0, 80.0), gradient=False)
+        assert torch.equal(alone[0], actual[0])
+
+    @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.3, 2.0)], ids=str)
+    def test_weights_and_scale_pointers(self, emulator, weights):
+        student, teacher = pair(4, 37, F32)
+        scales = torch.tensor(20.0), torch.tensor(4.0)
+        actual = symmetric_kl(
+            emulator, student, teacher, factors=(0.5, 2.0), scales=scales, weights=weights
+        )
+        expected = exact_symmetric_kl(student, teacher, 10.0, 8.0, weights=weights)
+        # The gradient to the scale is that to factor times value.
+        assert_all_close(actual, expected, 5e-6)
+
+    @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+    def test_negative_scales(self, emulator, dtype):
+        student, teacher = pair(3, 1001, dtype)
+        actual = symmetric_kl(emulator, student, teacher, factors=(-50.0, -30.0))
+        tolerance = 1e-12 if dtype == F64 else 5e-6
+        assert_all_close(actual, exact_symmetric_kl(student, teacher, -50.0, -30.0), tolerance)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_index(self, emulator, dtype):
+        student, teacher = pair(3, 300, dtype, teacher_classes=41)
+        index = torch.arange(300) * 7 % 41
+        actual = symmetric_kl(emulator, student, teacher, index, factors=(30.0, 30.0))
+        tolerance = 1e-12 if dtype == F64 else 5e-6
+        expected = exact_symmetric_kl(student, teacher, 30.0, 30.0, index)
+        assert_all_close(actual, expected, tolerance)
+
+    @pytest.mark.parametrize("column", [-1, 41, 2**40, -(2**62)])
+    def test_index_outside_the_teacher(self, emulator, column):
+        student, teacher = pair(3, 300, F32, teacher_classes=41)
+        index = torch.arange(300) % 41
+        index[123] = column
+        for result in symmetric_kl(emulator, student, teacher, index):
+            assert result.isnan().all()
+
+    def test_misaligned_rows(self, emulator):
+        student, teacher = (x.flatten() for x in pair(5, 64, F16))
+        student, teacher = student[1:257].view(4, 64), teacher[3:259].view(4, 64)
+        actual = symmetric_kl(emulator, student, teacher, factors=(9.0, 9.0))
+        assert_all_close(actual, exact_symmetric_kl(student, teacher, 9.0, 9.0), 5e-6)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_equal_sides_have_no_loss(self, emulator, dtype):
+        student, _ = pair(3, 1000, dtype)
+        for result in symmetric_kl(emulator, student, student, factors=(70.0, 70.0)):
+            assert torch.equal(result, torch.zeros_like(result))
+
+    @pytest.mark.parametrize("position", [0, 20, 36])
+    @pytest.mark.parametrize("side", [0, 1], ids=["student", "teacher"])
+    @pytest.mark.parametrize("value", [NAN, float("inf"), -float("inf")])
+    def test_bad_values_stay_in_their_row(self, emulator, value, side, position):
+        sides = pair(4, 37, F32)
+        good = symmetric_kl(emulator, *sides)
+        sides[side][2, position] = value
+        for before, after in zip(good, symmetric_kl(emulator, *sides), strict=True):
+            assert torch.equal(before[[0, 1, 3]], after[[0, 1, 3]])
+            assert after[2].isnan().all()
+
+    def test_the_order_of_threads_changes_no_bit(self, emulator):
+        student, teacher = pair(4, 1000, F32)
+        results = []
+        for schedule in range(4):
+            emulator.use(schedule=schedule)
+            results.append(symmetric_kl(emulator, student, teacher, factors=(9.0, 8.0)))
+        for others in results[1:]:
+            assert all(map(torch.equal, results[0], others))
