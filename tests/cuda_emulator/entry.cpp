@@ -5,6 +5,7 @@
 #include <string>
 
 #include "emulator.h"
+#include "vlfast/perplexity.h"
 #include "vlfast/symmetric_kl.h"
 
 namespace {
@@ -30,5 +31,13 @@ void set_device(const emulated::Device* device) { emulated::device = *device; }
 
 const char* symmetric_kl(const vlfast::SymmetricKL* problem) {
   return error_of([=] { vlfast::symmetric_kl_cuda(*problem, nullptr); });
+}
+
+std::size_t perplexity_workspace(const vlfast::Perplexity* problem) {
+  return vlfast::perplexity_cuda_workspace(*problem);
+}
+
+const char* perplexity(const vlfast::Perplexity* problem, void* workspace) {
+  return error_of([=] { vlfast::perplexity_cuda(*problem, workspace, nullptr); });
 }
 }

@@ -229,3 +229,114 @@ class TestSymmetricKL:
             results.append(symmetric_kl(emulator, student, teacher, factors=(9.0, 8.0)))
         for others in results[1:]:
             assert all(map(torch.equal, results[0], others))
+
+
+class Perplexity(ctypes.Structure):
+    _fields_ = [
+        ("embedding_dtype", ctypes.c_int),
+        ("rows", ctypes.c_int64),
+        ("words", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("top_k", ctypes.c_int64),
+        ("prompts", ctypes.c_void_p),
+        ("hidden", ctypes.c_void_p),
+        ("embedding", ctypes.c_void_p),
+        ("vocabulary", ctypes.c_void_p),
+        ("inverse_norms", ctypes.c_void_p),
+        ("temperature_factor", ctypes.c_double),
+        ("temperature", ctypes.c_void_p),
+        ("detach_targets", ctypes.c_bool),
+        ("perplexity", ctypes.c_void_p),
+        ("inverted", ctypes.c_void_p),
+        ("perplexity_to_hidden", ctypes.c_void_p),
+        ("inverted_to_prompts", ctypes.c_void_p),
+        ("perplexity_to_prompts", ctypes.c_void_p),
+        ("inverted_to_hidden", ctypes.c_void_p),
+    ]
+
+
+GRADIENTS = (
+    "perplexity_to_hidden",
+    "inverted_to_prompts",
+    "perplexity_to_prompts",
+    "inverted_to_hidden",
+)
+
+
+def perplexity(
+    emulator,
+    prompts,
+    hidden,
+    embedding,
+    top_k=10,
+    temperature=1.0,
+    temperature_value=None,
+    detach_targets=True,
+    vocabulary=None,
+    inverse_norms=None,
+    wanted=GRADIENTS,
+):
+    """Every result by its name: those that are wanted, and written with detach_targets."""
+    rows, width = prompts.shape
+    results = {"perplexity": poisoned(rows), "inverted": poisoned(rows)}
+    for name in GRADIENTS[: 2 if detach_targets else 4]:
+        if name in wanted:
+            results[name] = poisoned(rows, width)
+    problem = Perplexity(
+        embedding_dtype=DTYPES[embedding.dtype],
+        rows=rows,
+        words=len(embedding),
+        width=width,
+        top_k=top_k,
+        prompts=address(prompts),
+        hidden=address(hidden),
+        embedding=address(embedding),
+        vocabulary=address(vocabulary),
+        inverse_norms=address(inverse_norms),
+        temperature_factor=temperature,
+        temperature=address(temperature_value),
+        detach_targets=detach_targets,
+        **{name: address(result) for name, result in results.items()},
+    )
+    size = emulator.library.perplexity_workspace(ctypes.byref(problem))
+    if size == 0:
+        return None
+    workspace = torch.full((size,), 255, dtype=torch.uint8)
+    emulator.run("perplexity", problem, ctypes.c_void_p(address(workspace)))
+    return results
+
+
+def exact_perplexity(prompts, hidden, embedding, detach_targets=True, **options):
+    prompts, hidden = (x.double().requires_grad_() for x in (prompts, hidden))
+    terms = reference.perplexity_terms(
+        prompts, hidden, embedding.double(), detach_targets=detach_targets, **options
+    )
+    results = dict(zip(("perplexity", "inverted"), (x.detach() for x in terms), strict=True))
+    for name in GRADIENTS[: 2 if detach_targets else 4]:
+        term, _, leaf = name.split("_")
+        (results[name],) = torch.autograd.grad(
+            dict(zip(("perplexity", "inverted"), terms, strict=True))[term].sum(),
+            {"prompts": prompts, "hidden": hidden}[leaf],
+            retain_graph=True,
+        )
+    return results
+
+
+def vocabulary_of(words, width, dtype):
+    """Embeddings of different lengths: the logits of normal rows have a deviation of about 3."""
+    lengths = 1 + torch.arange(words)[:, None] % 7 * 0.1
+    return (normal(words, width, seed=5, scale=2.5 * width**-0.5) * lengths).to(dtype)
+
+
+def assert_perplexity(emulator, prompts, hidden, embedding, tolerance=4e-6, **options):
+    actual = perplexity(emulator, prompts, hidden, embedding, **options)
+    if "temperature_value" in options:
+        value = options.pop("temperature_value").double()
+        options["temperature"] = options.get("temperature", 1.0) * value
+    if options.get("inverse_norms") is not None:
+        options["inverse_norms"] = options["inverse_norms"].double()
+    expected = exact_perplexity(prompts, hidden, embedding, **options)
+    assert list(actual) == list(expected)
+    for name, result in actual.items():
+        for row in range(len(result)):
+            assert_close(result[row : row + 1], expected[name][row : row + 1], tolerance)
