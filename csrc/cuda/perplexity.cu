@@ -63,6 +63,7 @@ struct Layout {
 struct RowMemory {
   float prompt_scale[kPanel];
   float hidden_scale[kPanel];
+  float hidden_unscale[kPanel];
   float is_not_zero[kPanel];  // 0 for a prompt that counts as zero, else 1
   float factor[kPanel];
   float top[kPanel];
@@ -321,6 +322,7 @@ class Team {
       if (lane_ == 0) {
         memory.prompt_scale[row] = prompt_scale;
         memory.hidden_scale[row] = hidden_scale;
+        memory.hidden_unscale[row] = 1 / hidden_scale;
         memory.is_not_zero[row] = norm <= kNormFloor ? 0 : 1;
         if (split_ == 0 && team_ == 0) {
           partials_.norms[first_row_ + row] = (norm <= kNormFloor ? 0 : norm) + bad;
@@ -422,7 +424,7 @@ class Team {
       const float score = dot * weight * memory.is_not_zero[row] + 0.0f;
       keep_best(row, score, counts, tile * kWords);
 
-      logit = counts ? logit / memory.hidden_scale[row] : -INFINITY;
+      logit = counts ? logit * memory.hidden_unscale[row] : -INFINITY;
       float factor = 1;
       if (__any_sync(kAllLanes, logit > top_[r])) {
         const float top = fmaxf(top_[r], largest_over_warp(logit));

@@ -50,6 +50,8 @@ class Emulator:
     def __init__(self, library):
         self.library = library
         self.library.symmetric_kl.restype = ctypes.c_char_p
+        self.library.perplexity.restype = ctypes.c_char_p
+        self.library.perplexity_workspace.restype = ctypes.c_size_t
         self.use()
 
     def use(self, multiprocessors=4, shared_per_block=232448, schedule=0):
@@ -322,21 +324,216 @@ def exact_perplexity(prompts, hidden, embedding, detach_targets=True, **options)
     return results
 
 
-def vocabulary_of(words, width, dtype):
-    """Embeddings of different lengths: the logits of normal rows have a deviation of about 3."""
+def inputs(rows, words, width, dtype):
+    """Words of different lengths: the logits have a deviation of about 3."""
     lengths = 1 + torch.arange(words)[:, None] % 7 * 0.1
-    return (normal(words, width, seed=5, scale=2.5 * width**-0.5) * lengths).to(dtype)
+    embedding = (normal(words, width, seed=5, scale=2.5 * width**-0.5) * lengths).to(dtype)
+    prompts, hidden = (normal(rows, width, seed=seed, dtype=F32) for seed in (6, 7))
+    return prompts, hidden, embedding
 
 
-def assert_perplexity(emulator, prompts, hidden, embedding, tolerance=4e-6, **options):
+def assert_perplexity(emulator, prompts, hidden, embedding, **options):
     actual = perplexity(emulator, prompts, hidden, embedding, **options)
     if "temperature_value" in options:
-        value = options.pop("temperature_value").double()
-        options["temperature"] = options.get("temperature", 1.0) * value
-    if options.get("inverse_norms") is not None:
-        options["inverse_norms"] = options["inverse_norms"].double()
+        options["temperature"] *= options.pop("temperature_value").item()
     expected = exact_perplexity(prompts, hidden, embedding, **options)
     assert list(actual) == list(expected)
+    logits = (hidden.double() @ embedding.double().T).abs().amax(1)
     for name, result in actual.items():
-        for row in range(len(result)):
-            assert_close(result[row : row + 1], expected[name][row : row + 1], tolerance)
+        # What is small because large numbers cancel has their error.
+        size = expected[name].abs()
+        if name == "perplexity":
+            size = size.maximum(logits)
+        elif "perplexity_to" in name or "to_hidden" in name:
+            size = size.maximum(embedding.double().abs().max())
+        error = (result - expected[name]).abs()
+        while error.dim() > 1:
+            error, size = error.amax(-1), size.amax(-1)
+        tolerance = 1e-5 if embedding.dtype == BF16 else 4e-6
+        assert (error <= tolerance * size + 1e-9).all(), f"{name}: {error} on {size}"
+    return actual
+
+
+class TestPerplexity:
+    @pytest.mark.parametrize("detach_targets", [True, False], ids=["detached", "attached"])
+    @pytest.mark.parametrize(
+        ("rows", "words", "width", "top_k"),
+        [
+            (1, 1, 64, 1),
+            (3, 2, 192, 2),
+            (7, 63, 64, 10),
+            (16, 997, 512, 10),
+            (17, 64, 128, 64),
+            (33, 997, 128, 33),
+            (64, 65, 320, 1),
+            (5, 130, 768, 10),
+            (16, 63, 1024, 63),
+        ],
+    )
+    @pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
+    def test_accuracy(self, emulator, dtype, rows, words, width, top_k, detach_targets):
+        assert_perplexity(
+            emulator,
+            *inputs(rows, words, width, dtype),
+            top_k=top_k,
+            temperature=0.05,
+            detach_targets=detach_targets,
+        )
+
+    @pytest.mark.parametrize("multiprocessors", [1, 2, 3, 7, 132])
+    @pytest.mark.parametrize("top_k", [1, 10, 64])
+    def test_splits_of_the_vocabulary(self, emulator, multiprocessors, top_k):
+        emulator.use(multiprocessors)
+        assert_perplexity(emulator, *inputs(18, 3001, 64, F16), top_k=top_k)
+
+    @pytest.mark.parametrize("shared", [232448, 166912, 101376], ids=["H100", "A100", "RTX"])
+    @pytest.mark.parametrize("width", [256, 512, 768])
+    def test_devices_with_less_memory(self, emulator, shared, width):
+        emulator.use(shared_per_block=shared)
+        assert_perplexity(emulator, *inputs(4, 301, width, BF16), detach_targets=False)
+
+    @pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
+    def test_ties_go_to_the_smaller_index(self, emulator, dtype):
+        prompts, hidden, embedding = inputs(3, 40, 64, dtype)
+        embedding = embedding.repeat(8, 1)
+        for top_k in (1, 5, 11, 64):
+            assert_perplexity(emulator, prompts, hidden, embedding, top_k=top_k, temperature=0.1)
+
+    def test_zero_prompts(self, emulator):
+        prompts, hidden, embedding = inputs(4, 300, 64, F16)
+        prompts[1] = 0
+        prompts[2] = 1e-14
+        vocabulary = torch.arange(300) % 7 == 3
+        for mask in (None, vocabulary):
+            results = assert_perplexity(
+                emulator, prompts, hidden, embedding, vocabulary=mask, detach_targets=False
+            )
+            assert not results["inverted_to_prompts"][1:3].any()
+            assert not results["perplexity_to_prompts"][1:3].any()
+
+    def test_zero_words(self, emulator):
+        prompts, hidden, embedding = inputs(4, 60, 64, F32)
+        embedding[::3] = 0
+        assert_perplexity(emulator, prompts, hidden, embedding, top_k=50, detach_targets=False)
+
+    @pytest.mark.parametrize("detach_targets", [True, False], ids=["detached", "attached"])
+    @pytest.mark.parametrize("counted", [1, 9, 10, 200])
+    def test_vocabulary(self, emulator, counted, detach_targets):
+        prompts, hidden, embedding = inputs(17, 500, 128, F16)
+        vocabulary = torch.zeros(500, dtype=torch.bool)
+        chosen = torch.arange(counted) * 61 % 499
+        vocabulary[chosen] = True
+        masked = perplexity(
+            emulator,
+            prompts,
+            hidden,
+            embedding,
+            vocabulary=vocabulary,
+            detach_targets=detach_targets,
+        )
+        words = embedding[vocabulary]
+        alone = exact_perplexity(
+            prompts, hidden, words, top_k=min(10, counted), detach_targets=detach_targets
+        )
+        for name, result in masked.items():
+            size = max(alone[name].abs().max().item(), 1.0)
+            assert (result - alone[name]).abs().max() <= 4e-6 * size, name
+
+    def test_no_word_counts(self, emulator):
+        vocabulary = torch.zeros(100, dtype=torch.bool)
+        results = perplexity(emulator, *inputs(2, 100, 64, F16), vocabulary=vocabulary)
+        for result in results.values():
+            assert not result.any()
+
+    def test_temperature_pointer(self, emulator):
+        assert_perplexity(
+            emulator,
+            *inputs(3, 200, 64, F16),
+            temperature=0.5,
+            temperature_value=torch.tensor(0.125),
+            detach_targets=False,
+        )
+
+    def test_inverse_norms(self, emulator):
+        prompts, hidden, embedding = inputs(3, 200, 64, BF16)
+        norms = reference.inverse_norm(embedding.float())
+        assert_perplexity(emulator, prompts, hidden, embedding, inverse_norms=norms)
+        # They are taken as given, even where they are not the norms.
+        norms[:100] = 0.5
+        assert_perplexity(emulator, prompts, hidden, embedding, inverse_norms=norms)
+
+    @pytest.mark.parametrize("size", [1e-30, 1e-4, 1e4, 1e30])
+    @pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
+    def test_prompts_of_any_size(self, emulator, dtype, size):
+        prompts, hidden, embedding = inputs(3, 200, 64, dtype)
+        actual = perplexity(emulator, prompts * size, hidden, embedding)
+        expected = exact_perplexity(prompts * size, hidden, embedding)
+        if size < 1e-20:
+            assert not actual["inverted_to_prompts"].any()
+        assert_close(actual["perplexity"], expected["perplexity"], 4e-6)
+        assert_close(actual["inverted"], expected["inverted"], 4e-6)
+
+    @pytest.mark.parametrize("size", [0.0, 1e-30, 1e-3, 20.0, 1e3])
+    @pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
+    def test_hidden_states_of_any_size(self, emulator, dtype, size):
+        prompts, hidden, embedding = inputs(3, 200, 64, dtype)
+        actual = perplexity(emulator, prompts, hidden * size, embedding)
+        expected = exact_perplexity(prompts, hidden * size, embedding)
+        tolerance = 1e-5 if dtype == BF16 else 4e-6
+        for name in ("perplexity", "inverted"):
+            assert_close(actual[name], expected[name], tolerance)
+        # exp takes the absolute error of a logit as its relative error.
+        error_of_logits = tolerance * max(size, 1.0) * 10
+        name = "perplexity_to_hidden"
+        assert_close(actual[name], expected[name], error_of_logits)
+
+    @pytest.mark.parametrize("column", [0, 63])
+    @pytest.mark.parametrize("side", [0, 1], ids=["prompts", "hidden"])
+    @pytest.mark.parametrize("value", [NAN, float("inf"), -float("inf")])
+    @pytest.mark.parametrize("dtype", [F16, F32], ids=str)
+    def test_bad_values_stay_in_their_row(self, emulator, dtype, value, side, column):
+        sides = inputs(18, 150, 64, dtype)
+        good = perplexity(emulator, *sides, detach_targets=False)
+        sides[side][2, column] = value
+        bad = perplexity(emulator, *sides, detach_targets=False)
+        others = torch.arange(18) != 2
+        for name in good:
+            assert torch.equal(good[name][others], bad[name][others])
+            assert bad[name][2].isnan().all()
+
+    @pytest.mark.parametrize("wanted", [(), GRADIENTS[:1], GRADIENTS[1:2], GRADIENTS[2:]], ids=str)
+    def test_unwanted_gradients(self, emulator, wanted):
+        sides = inputs(2, 70, 64, F16)
+        everything = perplexity(emulator, *sides, detach_targets=False)
+        some = perplexity(emulator, *sides, detach_targets=False, wanted=wanted)
+        assert set(some) == {"perplexity", "inverted", *wanted}
+        assert all(torch.equal(result, everything[name]) for name, result in some.items())
+
+    def test_the_order_of_threads_changes_no_bit(self, emulator):
+        sides = inputs(17, 700, 128, F16)
+        results = []
+        for schedule in range(6):
+            emulator.use(schedule=schedule)
+            results.append(perplexity(emulator, *sides, top_k=40, detach_targets=False))
+        for others in results[1:]:
+            assert all(torch.equal(results[0][name], others[name]) for name in others)
+
+    @pytest.mark.parametrize(
+        ("rows", "width", "options"),
+        [(65, 64, {}), (1, 1088, {}), (1, 96, {}), (1, 64, {"top_k": 65})],
+        ids=str,
+    )
+    def test_problems_that_it_does_not_serve(self, emulator, rows, width, options):
+        assert perplexity(emulator, *inputs(rows, 100, width, F16), **options) is None
+
+    def test_misaligned_or_double_embeddings_are_not_served(self, emulator):
+        prompts, hidden, embedding = inputs(2, 100, 64, F16)
+        assert perplexity(emulator, prompts, hidden, embedding.double()) is None
+        embedding = embedding.flatten()[1:-63].view(99, 64)
+        assert perplexity(emulator, prompts, hidden, embedding) is None
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+    def test_the_vocabulary_of_clip(self, emulator, dtype):
+        emulator.use(132)
+        assert_perplexity(emulator, *inputs(16, 49408, 512, dtype), temperature=0.05)
