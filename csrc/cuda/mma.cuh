@@ -21,7 +21,14 @@ __device__ inline void copy_16_bytes(void* shared, const void* global, bool vali
                : "memory");
 }
 
-__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// Ends a group of copies of this thread.
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until this thread has at most so many groups under way.
+template <int kPending>
+__device__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
 
 // Waits for the `threads` threads that share barrier `id`, from 1 to 15.
 __device__ inline void named_barrier(int id, int threads) {
@@ -44,6 +51,12 @@ __device__ inline void load_transposed_matrices(const void* shared, std::uint32_
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "r"(shared_address(shared))
                : "memory");
+}
+
+// x, from which the compiler keeps nothing in registers across iterations of a loop.
+__device__ inline float computed_anew(float x) {
+  asm volatile("" : "+f"(x));
+  return x;
 }
 
 // c [16, 8] += a [16, depth] b [depth, 8], the depth 16 for halves and 8 for floats, of which 11

@@ -120,6 +120,7 @@ struct TensorFloats {
 };
 
 __device__ TensorFloats split(float x) {
+  x = computed_anew(x);
   const std::uint32_t high = __float_as_uint(x) & 0xffffe000u;
   return {high, __float_as_uint(x - __uint_as_float(high))};
 }
@@ -194,6 +195,55 @@ __device__ float scale_for(float largest) {
   return ldexpf(1.0f, min(kTopExponent<T> - ilogbf(largest), 126));
 }
 
+// A word, and its score in proportion to its cosine. Word -1: none, with a score below all others.
+struct Candidate {
+  float score;
+  int word;
+};
+
+// From so many new candidates on, sorting them is faster than inserting one after the other.
+constexpr int kSortFrom = 7;
+
+__device__ bool ranks_before(const Candidate& a, const Candidate& b) {
+  return a.score > b.score || (a.score == b.score && a.word < b.word);
+}
+
+__device__ Candidate from_lane(const Candidate& candidate, int lane) {
+  return {__shfl_sync(kAllLanes, candidate.score, lane),
+          __shfl_sync(kAllLanes, candidate.word, lane)};
+}
+
+// The first of this lane's candidate and that of the lane `lanes` away, or the last of them.
+__device__ Candidate of_two_lanes(const Candidate& mine, int lanes, bool first) {
+  const Candidate other = from_lane(mine, (threadIdx.x % kWarp) ^ lanes);
+  return ranks_before(other, mine) == first ? other : mine;
+}
+
+// A bitonic sort of one candidate a lane.
+__device__ Candidate sorted_over_warp(Candidate mine) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int size = 2; size <= kWarp; size *= 2) {
+#pragma unroll
+    for (int lanes = size / 2; lanes > 0; lanes /= 2) {
+      mine = of_two_lanes(mine, lanes, ((lane & lanes) == 0) == ((lane & size) == 0));
+    }
+  }
+  return mine;
+}
+
+// The first 32, sorted, of two sorted lists of 32.
+__device__ Candidate best_of_both(Candidate mine, const Candidate& other) {
+  const int lane = threadIdx.x % kWarp;
+  const Candidate opposite = from_lane(other, kWarp - 1 - lane);
+  if (ranks_before(opposite, mine)) mine = opposite;
+#pragma unroll
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
+    mine = of_two_lanes(mine, lanes, (lane & lanes) == 0);
+  }
+  return mine;
+}
+
 template <typename T, int kSteps>
 class Team {
  public:
@@ -223,24 +273,37 @@ class Team {
     const std::int64_t tiles = (problem_.words + kWords - 1) / kWords;
     const std::int64_t last = tiles * (split_ + 1) / partials_.splits;
     std::int64_t tile = tiles * split_ / partials_.splits + team_;
+    const int step = partials_.teams;
     int stage = 0;
     float next_weight = 0;
+    // Both tiles are on their way while the rows are prepared.
     if (tile < last) {
-      fetch(tile, stage);
+      fetch(tile, 0);
       next_weight = weight_of(tile);
     }
+    commit_copies();
+    if (stages_ == 2 && tile + step < last) fetch(tile + step, 1);
+    commit_copies();
     prepare_rows();
-    for (bool is_first = true; tile < last; tile += partials_.teams, is_first = false) {
-      if (stages_ == 1 && !is_first) {
-        synchronise();
-        fetch(tile, stage);
+    for (bool is_first = true; tile < last; tile += step, is_first = false) {
+      if (is_first) {
+        wait_for_copies<1>();
+      } else {
+        if (stages_ == 1) {
+          synchronise();
+          fetch(tile, 0);
+          commit_copies();
+        }
+        wait_for_copies<0>();
       }
-      wait_for_copies();
       synchronise();
       const float weight = next_weight;
-      if (tile + partials_.teams < last) {
-        if (stages_ == 2) fetch(tile + partials_.teams, stage ^ 1);
-        next_weight = weight_of(tile + partials_.teams);
+      if (tile + step < last) {
+        if (stages_ == 2 && !is_first) {
+          fetch(tile + step, stage ^ 1);
+          commit_copies();
+        }
+        next_weight = weight_of(tile + step);
       }
       score(tile_at(stage));
       synchronise();
@@ -448,51 +511,53 @@ class Team {
     if (better == 0) return;
 
     // A lane has the entries `lane` and `lane` + 32.
-    float entry[2];
-    int word[2];
+    Candidate entries[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int rank = lane_ + i * kWarp;
-      entry[i] = rank < top_k ? scores[rank] : -INFINITY;
-      word[i] = rank < top_k ? words[rank] : -1;
+      entries[i] = rank < top_k ? Candidate{scores[rank], words[rank]} : Candidate{-INFINITY, -1};
     }
-    for (; better != 0; better &= better - 1) {
-      const int source = __ffs(better) - 1;
-      const float new_entry = __shfl_sync(kAllLanes, score, source);
-      const int new_word = static_cast<int>(first_word) + source;
-      int position = __popc(__ballot_sync(kAllLanes, entry[0] >= new_entry));
-      if (top_k > kWarp) {
-        position += __popc(__ballot_sync(kAllLanes, entry[1] >= new_entry));
-        const float last_entry = __shfl_sync(kAllLanes, entry[0], kWarp - 1);
-        const int last_word = __shfl_sync(kAllLanes, word[0], kWarp - 1);
-        const float entry_before = __shfl_up_sync(kAllLanes, entry[1], 1);
-        const int word_before = __shfl_up_sync(kAllLanes, word[1], 1);
-        if (lane_ + kWarp == position) {
-          entry[1] = new_entry;
-          word[1] = new_word;
-        } else if (lane_ + kWarp > position) {
-          entry[1] = lane_ == 0 ? last_entry : entry_before;
-          word[1] = lane_ == 0 ? last_word : word_before;
-        }
-      }
-      const float entry_before = __shfl_up_sync(kAllLanes, entry[0], 1);
-      const int word_before = __shfl_up_sync(kAllLanes, word[0], 1);
-      if (lane_ == position) {
-        entry[0] = new_entry;
-        word[0] = new_word;
-      } else if (lane_ > position) {
-        entry[0] = entry_before;
-        word[0] = word_before;
+    const int word = static_cast<int>(first_word) + lane_;
+    if (top_k <= kWarp && __popc(better) >= kSortFrom) {
+      const bool mine = better >> lane_ & 1;
+      entries[0] = best_of_both(
+          entries[0], sorted_over_warp(mine ? Candidate{score, word} : Candidate{-INFINITY, -1}));
+    } else {
+      for (; better != 0; better &= better - 1) {
+        const int source = __ffs(better) - 1;
+        insert({__shfl_sync(kAllLanes, score, source), static_cast<int>(first_word) + source},
+               top_k, entries);
       }
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int rank = lane_ + i * kWarp;
       if (rank >= top_k) continue;
-      scores[rank] = entry[i];
-      words[rank] = word[i];
+      scores[rank] = entries[i].score;
+      words[rank] = entries[i].word;
     }
     __syncwarp();
+  }
+
+  // Behind the entries of the same score, which have smaller indices.
+  __device__ void insert(const Candidate& candidate, int top_k, Candidate (&entries)[2]) const {
+    int position = __popc(__ballot_sync(kAllLanes, entries[0].score >= candidate.score));
+    if (top_k > kWarp) {
+      position += __popc(__ballot_sync(kAllLanes, entries[1].score >= candidate.score));
+      const Candidate last = from_lane(entries[0], kWarp - 1);
+      const Candidate before = from_lane(entries[1], max(lane_ - 1, 0));
+      if (lane_ + kWarp == position) {
+        entries[1] = candidate;
+      } else if (lane_ + kWarp > position) {
+        entries[1] = lane_ == 0 ? last : before;
+      }
+    }
+    const Candidate before = from_lane(entries[0], max(lane_ - 1, 0));
+    if (lane_ == position) {
+      entries[0] = candidate;
+    } else if (lane_ > position) {
+      entries[0] = before;
+    }
   }
 
   // The sum over the words of their weights times the embedding, in this warp's columns.
@@ -1113,9 +1178,11 @@ auto with_sizes(const Perplexity& problem, Use use) {
   const auto of_type = [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int kUnit = sizeof(T);
-    if (problem.width <= 256) return use(type, std::integral_constant<int, kUnit>());
     if (problem.width <= 512) return use(type, std::integral_constant<int, 2 * kUnit>());
-    if (problem.width <= 768) return use(type, std::integral_constant<int, 3 * kUnit>());
+    // Width 768 is as common as 1024 where the embedding is in half precision.
+    if constexpr (sizeof(T) == 2) {
+      if (problem.width <= 768) return use(type, std::integral_constant<int, 3 * kUnit>());
+    }
     return use(type, std::integral_constant<int, 4 * kUnit>());
   };
   switch (problem.embedding_dtype) {

@@ -18,10 +18,14 @@ inline void copy_16_bytes(void* shared, const void* global, bool valid) {
   emulated::copy_asynchronously(shared, global, valid ? 16 : 0, valid ? 0 : 16);
 }
 
-inline void wait_for_copies() {
-  emulated::commit_copies();
-  emulated::wait_for_copies(0);
+inline void commit_copies() { emulated::commit_copies(); }
+
+template <int kPending>
+void wait_for_copies() {
+  emulated::wait_for_copies(kPending);
 }
+
+inline float computed_anew(float x) { return x; }
 
 inline void named_barrier(int id, int threads, int line = __builtin_LINE()) {
   emulated::wait_at_barrier(id, threads, line);
