@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import shutil
 import subprocess
@@ -44,19 +45,29 @@ def build(folder: Path, sanitize: bool = False) -> ctypes.CDLL:
     library = folder / "kernels.so"
     flags = [*FLAGS, *(["-O1", *SANITIZERS] if sanitize else ["-O2"])]
     folders = [f"-I{HERE}", f"-I{folder}", f"-I{CSRC / 'include'}"]
-    objects = []
-    running = []
+    # A sanitizer that is loaded into Python is not for the compiler.
+    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+    objects, running = [], []
     for source in sources:
         objects.append(folder / f"{source.stem}.o")
         command = [compiler(), *flags, *folders, "-c", source, "-o", objects[-1]]
-        running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+        running.append(
+            subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        )
     for process in running:
         _, errors = process.communicate()
         if process.returncode != 0:
             raise RuntimeError(errors)
-    subprocess.run([compiler(), *flags, *objects, "-o", library], check=True)
+    subprocess.run([compiler(), *flags, *objects, "-o", library], check=True, env=environment)
     return ctypes.CDLL(str(library))
 
 
 def compiler() -> str | None:
     return shutil.which("g++")
+
+
+def sanitizer_environment() -> dict[str, str]:
+    """Of a Python process into which a library built with ``sanitize`` can be loaded."""
+    command = [compiler(), "-print-file-name=libasan.so"]
+    library = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return {"LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0"}

@@ -1,6 +1,9 @@
 """The CUDA kernels, run on the CPU by tests/cuda_emulator, against their definitions in fp64."""
 
 import ctypes
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ pytestmark = pytest.mark.skipif(cuda_emulator.compiler() is None, reason="needs 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = {F32: 0, F64: 1, BF16: 2, F16: 3}
 NAN = float("nan")
+SANITIZE = "VLFAST_TEST_SANITIZED"
 
 
 class Device(ctypes.Structure):
@@ -68,7 +72,8 @@ class Emulator:
 
 @pytest.fixture(scope="session")
 def built_emulator(tmp_path_factory):
-    return Emulator(cuda_emulator.build(tmp_path_factory.mktemp("cuda_emulator")))
+    folder = tmp_path_factory.mktemp("cuda_emulator")
+    return Emulator(cuda_emulator.build(folder, sanitize=SANITIZE in os.environ))
 
 
 @pytest.fixture
@@ -537,3 +542,13 @@ class TestPerplexity:
     def test_the_vocabulary_of_clip(self, emulator, dtype):
         emulator.use(132)
         assert_perplexity(emulator, *inputs(16, 49408, 512, dtype), temperature=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(SANITIZE in os.environ, reason="this is that run")
+def test_no_access_out_of_bounds():
+    """All tests here once more, with the address and undefined-behaviour sanitizers."""
+    environment = os.environ | cuda_emulator.sanitizer_environment() | {SANITIZE: "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
