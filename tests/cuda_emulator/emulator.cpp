@@ -28,9 +28,9 @@ uint3 block_index;
 namespace {
 
 #if defined(__SANITIZE_ADDRESS__)
-constexpr std::size_t kStackBytes = 512 * 1024;
+constexpr std::size_t kStackBytes = 64 * 1024;
 #else
-constexpr std::size_t kStackBytes = 128 * 1024;
+constexpr std::size_t kStackBytes = 32 * 1024;
 #endif
 constexpr int kBarriers = 16;
 constexpr std::size_t kSharedWithoutAsking = 48 * 1024;
