@@ -536,7 +536,6 @@ class Team {
       scores[rank] = entries[i].score;
       words[rank] = entries[i].word;
     }
-    __syncwarp();
   }
 
   // Behind the entries of the same score, which have smaller indices.
@@ -765,7 +764,6 @@ class ListMerger {
         ++positions_[best.list];
         best = best_head();
       }
-      __syncwarp();
     }
     return count;
   }
