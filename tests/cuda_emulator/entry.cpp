@@ -8,6 +8,10 @@
 #include "vlfast/perplexity.h"
 #include "vlfast/symmetric_kl.h"
 
+namespace vlfast {
+void make_mistake(const float* from, float* to, int mistake);
+}
+
 namespace {
 
 std::string message;
@@ -39,5 +43,9 @@ std::size_t perplexity_workspace(const vlfast::Perplexity* problem) {
 
 const char* perplexity(const vlfast::Perplexity* problem, void* workspace) {
   return error_of([=] { vlfast::perplexity_cuda(*problem, workspace, nullptr); });
+}
+
+const char* mistake(const float* from, float* to, int mistake) {
+  return error_of([=] { vlfast::make_mistake(from, to, mistake); });
 }
 }

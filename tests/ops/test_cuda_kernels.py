@@ -55,6 +55,7 @@ class Emulator:
         self.library = library
         self.library.symmetric_kl.restype = ctypes.c_char_p
         self.library.perplexity.restype = ctypes.c_char_p
+        self.library.mistake.restype = ctypes.c_char_p
         self.library.perplexity_workspace.restype = ctypes.c_size_t
         self.use()
 
@@ -64,8 +65,8 @@ class Emulator:
         device = Device(multiprocessors, shared_per_block, of_multiprocessor, schedule)
         self.library.set_device(ctypes.byref(device))
 
-    def run(self, name, problem, *arguments):
-        error = getattr(self.library, name)(ctypes.byref(problem), *arguments)
+    def run(self, name, *arguments):
+        error = getattr(self.library, name)(*arguments)
         if error is not None:
             raise RuntimeError(error.decode())
 
@@ -125,7 +126,7 @@ def symmetric_kl(
         gradient=address(outputs[1]) if gradient else None,
         gradient_of_scale=address(outputs[2]) if gradient else None,
     )
-    emulator.run("symmetric_kl", problem)
+    emulator.run("symmetric_kl", ctypes.byref(problem))
     return outputs
 
 
@@ -155,6 +156,57 @@ def pair(rows, classes, dtype, teacher_classes=None, distance=0.1):
     if teacher_classes is not None:
         return student.to(dtype), normal(rows, teacher_classes, seed=1, scale=0.1).to(dtype)
     return student.to(dtype), (student + normal(rows, classes, seed=1, scale=distance)).to(dtype)
+
+
+class TestEmulator:
+    """It finds the mistakes that it is there to find; the sanitizers find the accesses."""
+
+    MISTAKES = (
+        "none",
+        "no barrier",
+        "barrier of some",
+        "exit before barrier",
+        "two barriers",
+        "shuffle of some",
+        "uninitialised",
+        "no wait",
+        "out of bounds",
+        "too much memory",
+    )
+
+    def make(self, emulator, mistake):
+        values, result = torch.arange(64.0), poisoned(64)
+        pointers = [ctypes.c_void_p(address(x)) for x in (values, result)]
+        emulator.run("mistake", *pointers, self.MISTAKES.index(mistake))
+        return torch.equal(result, values.flip(0))
+
+    def test_no_mistake(self, emulator):
+        for schedule in range(4):
+            emulator.use(schedule=schedule)
+            assert self.make(emulator, "none")
+
+    @pytest.mark.parametrize("mistake", ["no barrier", "uninitialised", "no wait"])
+    def test_wrong_results(self, emulator, mistake):
+        right = []
+        for schedule in range(4):
+            emulator.use(schedule=schedule)
+            right.append(self.make(emulator, mistake))
+        assert not all(right)
+
+    @pytest.mark.parametrize(
+        ("mistake", "message"),
+        [
+            ("barrier of some", "40 of 64 at barrier 0"),
+            ("exit before barrier", "40 of 64 at barrier 0"),
+            ("two barriers", "threads meet at barrier 0 from lines"),
+            ("shuffle of some", "lanes of a warp"),
+            ("too much memory", "more shared memory than"),
+        ],
+    )
+    def test_errors(self, emulator, mistake, message):
+        with pytest.raises(RuntimeError, match=message):
+            self.make(emulator, mistake)
+        assert self.make(emulator, "none")
 
 
 class TestSymmetricKL:
@@ -309,7 +361,7 @@ def perplexity(
     if size == 0:
         return None
     workspace = torch.full((size,), 255, dtype=torch.uint8)
-    emulator.run("perplexity", problem, ctypes.c_void_p(address(workspace)))
+    emulator.run("perplexity", ctypes.byref(problem), ctypes.c_void_p(address(workspace)))
     return results
 
 
@@ -544,11 +596,24 @@ class TestPerplexity:
         assert_perplexity(emulator, *inputs(16, 49408, 512, dtype), temperature=0.05)
 
 
+OUT_OF_BOUNDS = """
+import pathlib, sys
+from tests import cuda_emulator
+from tests.ops import test_cuda_kernels as these
+emulator = these.Emulator(cuda_emulator.build(pathlib.Path(sys.argv[1]), sanitize=True))
+these.TestEmulator().make(emulator, "out of bounds")
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(SANITIZE in os.environ, reason="this is that run")
-def test_no_access_out_of_bounds():
+def test_no_access_out_of_bounds(tmp_path):
     """All tests here once more, with the address and undefined-behaviour sanitizers."""
     environment = os.environ | cuda_emulator.sanitizer_environment() | {SANITIZE: "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+
+    wrong = [sys.executable, "-c", OUT_OF_BOUNDS, str(tmp_path)]
+    done = subprocess.run(wrong, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr
