@@ -68,6 +68,10 @@ def compiler() -> str | None:
 
 def sanitizer_environment() -> dict[str, str]:
     """Of a Python process into which a library built with ``sanitize`` can be loaded."""
-    command = [compiler(), "-print-file-name=libasan.so"]
-    library = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    return {"LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0"}
+    libraries = []
+    # The sanitizer looks for the C++ runtime when it is loaded, and Python comes without.
+    for name in ("libasan.so", "libstdc++.so.6"):
+        command = [compiler(), f"-print-file-name={name}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        libraries.append(done.stdout.strip())
+    return {"LD_PRELOAD": ":".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}

@@ -15,7 +15,7 @@
 #include "cuda_runtime.h"
 
 #if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/common_interface_defs.h>
+#include <sanitizer/asan_interface.h>
 #endif
 
 namespace emulated {
@@ -83,6 +83,11 @@ unsigned unfinished;
 std::string failure;
 std::string last_error;
 
+#if defined(__SANITIZE_ADDRESS__)
+const void* host_bottom = nullptr;
+std::size_t host_bytes = 0;
+#endif
+
 std::unique_ptr<char[]> poisoned(std::size_t bytes) {
   std::unique_ptr<char[]> memory(new char[bytes]);
   std::memset(memory.get(), kPoison, bytes);
@@ -94,8 +99,6 @@ __attribute__((noinline, no_sanitize("address"))) void switch_to(Fiber& next) {
   Fiber& previous = *current;
   current = &next;
 #if defined(__SANITIZE_ADDRESS__)
-  static const void* host_bottom = nullptr;
-  static std::size_t host_bytes = 0;
   void* fake_stack = nullptr;
   const bool to_host = &next == &host;
   __sanitizer_start_switch_fiber(previous.done ? nullptr : &fake_stack,
@@ -169,6 +172,10 @@ void run_fiber() {
   const void* bottom;
   std::size_t bytes;
   __sanitizer_finish_switch_fiber(nullptr, &bottom, &bytes);
+  if (host_bottom == nullptr) {
+    host_bottom = bottom;
+    host_bytes = bytes;
+  }
 #endif
   (*body)();
   if (!current->groups.empty() || !current->uncommitted.empty()) wait_for_copies(0);
@@ -230,6 +237,10 @@ void run_block(std::size_t shared) {
     fiber.entry.uc_stack.ss_size = kStackBytes;
     fiber.entry.uc_link = nullptr;
     makecontext(&fiber.entry, run_fiber, 0);
+#if defined(__SANITIZE_ADDRESS__)
+    // A launch that failed has left the frames of its fibers behind.
+    __asan_unpoison_memory_region(fiber.stack.get(), kStackBytes);
+#endif
     fiber.number = i;
     fiber.index = {i % block.x, i / block.x % block.y, i / block.x / block.y};
     fiber.started = fiber.done = fiber.runnable = false;
