@@ -130,10 +130,6 @@ T __shfl_down_sync(unsigned mask, T value, int offset, int line = __builtin_LINE
   return emulated::exchanged(mask, value, emulated::lane() + offset, line);
 }
 template <typename T>
-T __shfl_up_sync(unsigned mask, T value, int offset, int line = __builtin_LINE()) {
-  return emulated::exchanged(mask, value, emulated::lane() - offset, line);
-}
-template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes, int line = __builtin_LINE()) {
   return emulated::exchanged(mask, value, emulated::lane() ^ lanes, line);
 }
@@ -170,7 +166,3 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
 inline unsigned __float_as_uint(float x) { return emulated::bits<unsigned>(x); }
 inline float __uint_as_float(unsigned x) { return emulated::bits<float>(x); }
-template <typename T>
-T __ldg(const T* address) {
-  return *address;
-}
