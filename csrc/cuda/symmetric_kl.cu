@@ -1,13 +1,10 @@
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include <cmath>
 #include <limits>
 #include <stdexcept>
 #include <string>
 
 #include "reduce.cuh"
+#include "scalar.cuh"
 #include "vlfast/kl_terms.h"
 #include "vlfast/symmetric_kl.h"
 
@@ -18,23 +15,6 @@ constexpr int kMaxThreads = 512;
 // So that one block loads while another computes. Double has too few registers for it.
 template <typename C>
 constexpr int kBlocksPerMultiprocessor = sizeof(C) == 4 ? 2 : 1;
-
-__device__ float widen(float x) { return x; }
-__device__ double widen(double x) { return x; }
-__device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ float widen(__half x) { return __half2float(x); }
-
-__device__ void narrow(float x, float& to) { to = x; }
-__device__ void narrow(double x, double& to) { to = x; }
-__device__ void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
-
-// For x <= 0. In fp32 by the hardware's power of two: its relative error, 1e-7 * |x|, grows only as
-// the result loses its weight in any sum.
-__device__ float exp_negative(float x) { return __expf(x); }
-__device__ double exp_negative(double x) { return exp(x); }
-
-__device__ float larger(float a, float b) { return fmaxf(a, b); }
-__device__ double larger(double a, double b) { return fmax(a, b); }
 
 // Neighbours in a row, read and written by one instruction.
 template <typename T, int kWidth>
@@ -87,6 +67,7 @@ class RowSolver {
   __device__ RowSolver(const SymmetricKL& problem, std::int64_t row)
       : student_(static_cast<const T*>(problem.student) + row * problem.classes),
         teacher_(static_cast<const T*>(problem.teacher) + row * problem.teacher_classes),
+        teacher_classes_(problem.teacher_classes),
         index_(problem.index),
         gradient_(problem.gradient ? static_cast<G*>(problem.gradient) + row * problem.classes
                                    : nullptr),
@@ -185,17 +166,24 @@ class RowSolver {
   // The signed logits of kWidth classes. kWidth divides the number of classes.
   __device__ void load(std::int64_t c, C (&student)[kWidth], C (&teacher)[kWidth]) const {
     const auto students = *reinterpret_cast<const Pack<T, kWidth>*>(student_ + c);
-    Pack<T, kWidth> teachers;
-    if (index_) {
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) teachers.values[i] = teacher_[index_[c + i]];
-    } else {
-      teachers = *reinterpret_cast<const Pack<T, kWidth>*>(teacher_ + c);
-    }
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
       student[i] = widen(students.values[i]) * student_scale_.sign;
-      teacher[i] = widen(teachers.values[i]) * teacher_scale_.sign;
+    }
+    if (index_) {
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) {
+        // Nobody has looked at the index on the host: outside the teacher stands NaN, not memory.
+        const std::int64_t column = index_[c + i];
+        const bool inside = column >= 0 && column < teacher_classes_;
+        teacher[i] = inside ? widen(teacher_[column]) * teacher_scale_.sign : C(NAN);
+      }
+    } else {
+      const auto teachers = *reinterpret_cast<const Pack<T, kWidth>*>(teacher_ + c);
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) {
+        teacher[i] = widen(teachers.values[i]) * teacher_scale_.sign;
+      }
     }
   }
 
@@ -217,6 +205,7 @@ class RowSolver {
 
   const T* __restrict__ student_;
   const T* __restrict__ teacher_;
+  std::int64_t teacher_classes_;
   const std::int64_t* __restrict__ index_;
   G* __restrict__ gradient_;
   std::int64_t classes_;

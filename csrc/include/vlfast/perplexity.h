@@ -56,7 +56,9 @@ struct Perplexity {
 void perplexity_cpu(const Perplexity& problem, int threads);
 
 // The bytes of device memory that perplexity_cuda needs as its workspace, aligned to 256; 0 for a
-// problem that it does not serve.
+// problem that it does not serve. It serves up to 64 rows, a top_k up to 64, widths up to 1024 that
+// are multiples of 64, and prompts, hidden and embedding aligned to 16 bytes, where the shared
+// memory of the current device suffices.
 std::size_t perplexity_cuda_workspace(const Perplexity& problem);
 
 // Enqueues its kernels on the stream (a cudaStream_t) of the current device and does not wait.

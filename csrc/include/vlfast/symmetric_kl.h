@@ -47,8 +47,9 @@ struct SymmetricKL {
 // Throws std::invalid_argument for an index outside the teacher.
 void symmetric_kl_cpu(const SymmetricKL& problem, int threads);
 
-// Enqueues one kernel on the stream (a cudaStream_t) of the current device and does not wait.
-// The pointers are of that device. Throws std::runtime_error where the launch fails.
+// Enqueues one kernel on the stream (a cudaStream_t) of the current device and does not wait. An
+// index outside the teacher gives NaN in every row, and is not read. The pointers are of that
+// device. Throws std::runtime_error where the launch fails.
 void symmetric_kl_cuda(const SymmetricKL& problem, void* stream);
 
 }  // namespace vlfast
