@@ -35,7 +35,7 @@ bench: install
 # What only a GPU can tell: parity of the CUDA kernels, then the benchmarks, which take the GPU.
 gpu: install
 	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python -m pytest benchmarks --benchmark-only --results
+	$(BIN)/python -m pytest benchmarks --benchmark-only
 
 lint: install
 	$(BIN)/ruff check $(CODE)

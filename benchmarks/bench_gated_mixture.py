@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.contest import MODES, OURS, Case, Problem
+from benchmarks.contest import EAGER, MODES, OURS, Case, Problem
 from vlfast.ops import gated_mixture_loss, reference
 
 SCALE, WIDTH = 100.0, 512
@@ -72,7 +72,7 @@ def make(batch: int, heads: int, classes: int, top_k: int, trained: bool, device
     return Problem(
         sides={
             OURS: ours,
-            "eager": lambda: of_all_prompts(*arguments, top_k),
+            EAGER: lambda: of_all_prompts(*arguments, top_k),
             "torch.compile": lambda: compiled(*arguments, top_k),
         },
         leaves=[gate, student],

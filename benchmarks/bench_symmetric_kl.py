@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.contest import MODES, OURS, Case, Problem
+from benchmarks.contest import EAGER, MODES, OURS, Case, Problem
 from vlfast.ops import reference, symmetric_kl_loss
 
 
@@ -35,7 +35,7 @@ def make(images: int, classes: int, device: str, dtype: torch.dtype = torch.floa
     return Problem(
         sides={
             OURS: lambda: symmetric_kl_loss(student, teacher),
-            "eager": lambda: with_kl_div(student, teacher),
+            EAGER: lambda: with_kl_div(student, teacher),
             "torch.compile": lambda: compiled(student, teacher),
         },
         leaves=[student],

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contest import OURS, Result
+from benchmarks.contest import EAGER, OURS, Result
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -17,13 +17,13 @@ def table(results: Sequence[Result]) -> list[str]:
     """The lines of a Markdown table of one op."""
     others = [side for side in results[0].times if side != OURS]
     head = ["case", "mode", f"{OURS}, us", *(f"{side}, x" for side in others)]
-    head += [f"error of {OURS}", "of eager", f"peak of {OURS}, MB", "of eager, MB", "rate"]
+    head += [f"error of {OURS}", f"of {EAGER}", f"peak of {OURS}, MB", f"of {EAGER}, MB", "rate"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for result in results:
         cells = [result.case, result.mode, f"{(result.device_times or result.times)[OURS]:.0f}"]
         cells += [ratio(result, side) for side in others]
-        cells += [f"{result.errors[side]:.0e}" for side in (OURS, "eager")]
-        cells += [f"{result.peaks[s]:.1f}" if s in result.peaks else "" for s in (OURS, "eager")]
+        cells += [f"{result.errors[side]:.0e}" for side in (OURS, EAGER)]
+        cells += [f"{result.peaks[s]:.1f}" if s in result.peaks else "" for s in (OURS, EAGER)]
         cells.append(rate(result))
         lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -31,6 +31,8 @@ def table(results: Sequence[Result]) -> list[str]:
 
 def ratio(result: Result, side: str) -> str:
     """The median over the rounds; that of the best calls, or of the device times, behind it."""
+    if side not in result.ratios:
+        return ""
     times = result.device_times or result.times
     return f"{result.ratios[side]:.2f} ({times[side] / times[OURS]:.2f})"
 
@@ -84,7 +86,7 @@ def plot(op: str, results: Sequence[Result], path: Path) -> None:
     height = 0.8 / len(others)
     for number, side in enumerate(others):
         places = [row + height * number for row in range(len(results))]
-        axes.barh(places, [r.ratios[side] for r in results], height, label=side)
+        axes.barh(places, [r.ratios.get(side, 0) for r in results], height, label=side)
     axes.axvline(1, color="black", linewidth=1)
     middle = height * (len(others) - 1) / 2
     axes.set_yticks(
