@@ -19,8 +19,8 @@ namespace vlfast {
 //
 // and the gradients of both to prompts and hidden. With detach_targets, y is constant in the first
 // and q in the second. If fewer than top_k words count, K is all that do. A row with a value that
-// is not finite gets NaN in all its results; other rows do not notice. Every result depends on its
-// own row alone, and is the same on every run and for every number of threads.
+// is not finite gets NaN in all its results; other rows do not notice. Every result is the same on
+// every run and for every number of threads; the number of rows decides how sums are rounded.
 //
 // Matrices are row-major and contiguous; the results overlap nothing. Everything but the embedding
 // is float, and is computed in float.
@@ -34,8 +34,8 @@ struct Perplexity {
   const float* hidden;     // [rows, width]
   const void* embedding;   // [words, width]
   const bool* vocabulary;  // [words], the words that count; null: all
-  const float*
-      inverse_norms;  // [words], 1 / the norms of the embedding; null: computed as it is read
+  // [words], 1 / the norms of the embedding. Null: they are computed as it is read.
+  const float* inverse_norms;
 
   // The temperature: the factor times, where the pointer is not null, the value that it points to
   // (CUDA only: on the CPU the factor is the temperature).
