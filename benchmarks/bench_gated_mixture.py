@@ -91,6 +91,7 @@ def case(
 
 
 CASES = [
+    case(1, 1, 1, 1),  # next to nothing to compute: what a call costs
     case(128, 12, 1000, 2),
     case(128, 12, 1000, 2, trained=False),
     case(128, 12, 100, 3),

@@ -31,9 +31,9 @@ def normalising(prompts: Tensor, hidden: Tensor, embedding: Tensor, top_k: int) 
     return with_cached_norms(prompts, hidden, embedding, F.normalize(embedding, dim=-1), top_k)
 
 
-def make(rows: int, top_k: int, dtype: torch.dtype, device: str) -> Problem:
+def make(rows: int, words: int, top_k: int, dtype: torch.dtype, device: str) -> Problem:
     torch.manual_seed(0)
-    embedding = (0.05 * torch.randn(WORDS, WIDTH)).to(device, dtype)
+    embedding = (0.05 * torch.randn(words, WIDTH)).to(device, dtype)
     prompts = 0.05 * torch.randn(rows, WIDTH)
     prompts = prompts.to(device).requires_grad_()
     hidden = torch.randn(rows, WIDTH).to(device).requires_grad_()
@@ -46,12 +46,12 @@ def make(rows: int, top_k: int, dtype: torch.dtype, device: str) -> Problem:
         return prompts.to(dtype), hidden.to(dtype)
 
     def exact() -> list[Tensor]:
-        words = embedding.double()
+        table = embedding.double()
         loss, gradients = 0.0, []
         for chunk in range(0, rows, 100):
             of = slice(chunk, chunk + 100)
             leaves = [x.detach()[of].double().requires_grad_() for x in (prompts, hidden)]
-            terms = reference.perplexity_terms(*leaves, words, top_k)
+            terms = reference.perplexity_terms(*leaves, table, top_k)
             part = (terms[0] + terms[1]).sum() / rows
             gradients.append(torch.autograd.grad(part, leaves))
             loss = loss + part.detach()
@@ -68,18 +68,23 @@ def make(rows: int, top_k: int, dtype: torch.dtype, device: str) -> Problem:
         sides=sides,
         leaves=[prompts, hidden],
         exact=exact,
-        flop=3 * 2.0 * rows * WORDS * WIDTH,
+        flop=3 * 2.0 * rows * words * WIDTH,
         bytes_read=embedding.nbytes,
     )
 
 
-def case(rows: int, top_k: int, dtype: str = "float32", *, full: bool = False) -> Case:
-    name = f"{rows} rows, k = {top_k}" + ("" if dtype == "float32" else f", {dtype}")
+def case(
+    rows: int, top_k: int, dtype: str = "float32", *, words: int = WORDS, full: bool = False
+) -> Case:
+    name = f"{rows} row{'s' * (rows > 1)}, k = {top_k}"
+    name += "" if dtype == "float32" else f", {dtype}"
+    name += "" if words == WORDS else f", {words} words"
     modes = MODES if rows <= 64 else MODES[1:]
-    return Case(name, partial(make, rows, top_k, getattr(torch, dtype)), full, modes)
+    return Case(name, partial(make, rows, words, top_k, getattr(torch, dtype)), full, modes)
 
 
 CASES = [
+    case(1, 1, words=2),  # next to nothing to compute: what a call costs
     case(16, 10),
     case(16, 64),
     case(16, 10, "bfloat16"),

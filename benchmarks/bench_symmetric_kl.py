@@ -49,6 +49,7 @@ def case(images: int, classes: int, *, full: bool = False) -> Case:
 
 
 CASES = [
+    case(1, 1),  # nothing to compute: what a call costs
     case(8, 397),  # PromptKD's batch on SUN397
     case(128, 100),  # MoPD's batch on 100 classes
     case(32, 1000),  # KDPL's batch on ImageNet's classes

@@ -59,8 +59,12 @@ def test_cuda_kernels_without_a_gpu_say_so():
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.parametrize("source", sorted((ROOT / "csrc/cuda").glob("*.cu")), ids=lambda p: p.stem)
-def test_cuda_compiles_for_hopper(source, tmp_path):
-    flags = ["-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", f"-I{ROOT / 'csrc/include'}"]
+def test_cuda_compiles_for_ampere_and_hopper(source, tmp_path):
+    flags = [
+        *("-std=c++17", "--threads=0", f"-I{ROOT / 'csrc/include'}"),
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+    ]
     command = ["nvcc", *flags, "-Werror=all-warnings", "-c", source, "-o", tmp_path / "kernel.o"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
