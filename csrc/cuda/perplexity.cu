@@ -246,6 +246,12 @@ __device__ Candidate best_of_both(Candidate mine, const Candidate& other) {
   return mine;
 }
 
+// What is known of a word before its tile is there.
+struct Weight {
+  bool counts;
+  float inverse_norm;  // 1 where it is not given
+};
+
 template <typename T, int kSteps>
 class Team {
  public:
@@ -277,7 +283,7 @@ class Team {
     std::int64_t tile = tiles * split_ / partials_.splits + team_;
     const int step = partials_.teams;
     int stage = 0;
-    float next_weight = 0;
+    Weight next_weight{};
     // Both tiles are on their way while the rows are prepared.
     if (tile < last) {
       fetch(tile, 0);
@@ -299,7 +305,7 @@ class Team {
         wait_for_copies<0>();
       }
       synchronise();
-      const float weight = next_weight;
+      const Weight weight = next_weight;
       if (tile + step < last) {
         if (stages_ == 2 && !is_first) {
           fetch(tile + step, stage ^ 1);
@@ -345,13 +351,12 @@ class Team {
     }
   }
 
-  // Of this lane's word of the tile: its inverse norm, 1 where that is not given, and -1 for a
-  // word that does not count.
-  __device__ float weight_of(std::int64_t tile) const {
+  // Of this lane's word of the tile.
+  __device__ Weight weight_of(std::int64_t tile) const {
     const std::int64_t word = tile * kWords + lane_;
-    if (lane_ >= kWords || word >= problem_.words) return -1;
-    if (problem_.vocabulary && !problem_.vocabulary[word]) return -1;
-    return problem_.inverse_norms ? problem_.inverse_norms[word] : 1;
+    if (lane_ >= kWords || word >= problem_.words) return {};
+    if (problem_.vocabulary && !problem_.vocabulary[word]) return {};
+    return {true, problem_.inverse_norms ? problem_.inverse_norms[word] : 1};
   }
 
   __device__ void prepare_rows() {
@@ -455,13 +460,13 @@ class Team {
         squares += __shfl_xor_sync(kAllLanes, squares, 1);
         squares += __shfl_xor_sync(kAllLanes, squares, 2);
         if (lane_ % 4 == 0) floats(layout_.squares)[warp_ * kWords + n + lane_ / 4] = squares;
+        __syncwarp();
       }
     }
   }
 
   // Two rows a warp, a word a lane: the candidates for the top k, and exp(logit - top).
-  __device__ void weigh(std::int64_t tile, float weight) {
-    const bool counts = !(weight < 0);
+  __device__ void weigh(std::int64_t tile, Weight weight) {
     const int column = lane_ % kWords;
     RowMemory& memory = of_rows();
     if (!problem_.inverse_norms) {
@@ -469,7 +474,7 @@ class Team {
       for (int w = 0; w < active_warps_; ++w) {
         squares += floats(layout_.squares)[w * kWords + column];
       }
-      weight = 1 / fmaxf(sqrtf(squares), kNormFloor);
+      weight.inverse_norm = 1 / fmaxf(sqrtf(squares), kNormFloor);
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -486,17 +491,20 @@ class Team {
         logit += partial(w, 1)[row * kPitch + column];
       }
       // The sum with 0 makes 0 of -0, which would rank below it.
-      const float score = dot * weight * memory.is_not_zero[row] + 0.0f;
-      keep_best(row, score, counts, tile * kWords);
+      const float score = dot * weight.inverse_norm * memory.is_not_zero[row] + 0.0f;
+      keep_best(row, score, weight.counts, tile * kWords);
 
-      logit = counts ? logit * memory.hidden_unscale[row] : -INFINITY;
+      logit = weight.counts ? logit * memory.hidden_unscale[row] : -INFINITY;
       float factor = 1;
       if (__any_sync(kAllLanes, logit > top_[r])) {
         const float top = fmaxf(top_[r], largest_over_warp(logit));
         factor = rescaling(top_[r], top);
         top_[r] = top;
       }
-      const float power = counts ? exp_negative(logit - top_[r]) : 0;
+      // A score or a logit that is not finite makes NaN of the sum, as 0 * infinity at the least:
+      // who knows which words would be the best.
+      const float power =
+          weight.counts ? exp_negative(logit - top_[r]) + (score * 0 + logit * 0) : 0;
       sum_[r] = sum_[r] * factor + power;
       if (lane_ < kWords) *weights = power * kWeightScale<T>;
       if (lane_ == 0) memory.factor[row] = factor;
@@ -576,6 +584,8 @@ class Team {
         }
       }
     }
+    // The lanes go on together, as products of matrices ask.
+    __syncwarp();
     const float* weights = floats(layout_.weights);
 #pragma unroll 1
     for (int n = 0; n < kWords; n += kDepth<T>) {
@@ -594,7 +604,8 @@ class Team {
           std::uint32_t b[2];
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            memcpy(&b[i], columns + (lane_ % 4 + i * 4) * layout_.pitch + lane_ / 4 * 4, 4);
+            b[i] = *reinterpret_cast<const std::uint32_t*>(
+                columns + (lane_ % 4 + i * 4) * layout_.pitch + lane_ / 4 * 4);
           }
           left.multiply_into(expected_[s][0], b);
         }
@@ -935,14 +946,6 @@ __global__ void __launch_bounds__(kMergeThreads)
   float* const result = results[thread / kSlice];
   const std::int64_t at = row * problem.width + first_column + thread % kSlice;
 
-  const float norm = partials.norms[row];
-  if (isnan(norm)) {
-    if (result) result[at] = NAN;
-    if (blockIdx.x == 0 && thread == 0) problem.perplexity[row] = problem.inverted[row] = NAN;
-    return;
-  }
-  const float inverse_norm = norm == 0 ? 0 : 1 / norm;
-
   extern __shared__ float4 shared[];
   float* scores = reinterpret_cast<float*>(shared);
   int* words = reinterpret_cast<int*>(scores + lists * top_k);
@@ -969,6 +972,15 @@ __global__ void __launch_bounds__(kMergeThreads)
     sum += factors[s] * partials.sums[row * splits + s];
   }
   sum = reduced_over_block(sum, 0.0f, of_warps[1], [](float a, float b) { return a + b; });
+
+  // Of a value that is not finite in the row, or in a word that counts. All threads leave.
+  const float norm = partials.norms[row];
+  if (isnan(norm + sum)) {
+    if (result) result[at] = NAN;
+    if (blockIdx.x == 0 && thread == 0) problem.perplexity[row] = problem.inverted[row] = NAN;
+    return;
+  }
+  const float inverse_norm = norm == 0 ? 0 : 1 / norm;
 
   // One warp chooses while the others go on: they wait for it after the sums over the splits.
   if (thread < kWarp) {
@@ -1048,6 +1060,13 @@ int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
+// Of the shared memory of a block, as much is left for what is declared in merge_splits.
+constexpr std::size_t kDeclared = 16 * 1024;
+
+std::size_t memory_of_block() {
+  return static_cast<std::size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+}
+
 // How a problem is cut up on the current device.
 struct Plan {
   bool served;
@@ -1110,10 +1129,7 @@ std::size_t place(const Perplexity& problem, char* workspace, Partials& partials
 
 template <typename T, int kSteps>
 Plan plan_of(const Perplexity& problem) {
-  // Of the shared memory of a block, as much is left for what is declared in the kernels.
-  constexpr std::size_t kDeclared = 16 * 1024;
-  const auto memory =
-      static_cast<std::size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+  const std::size_t memory = memory_of_block();
   Plan plan{};
   for (int teams = kTeamsAtMost<T, kSteps>; teams > 0 && !plan.served; --teams) {
     for (int stages = 2; stages > 0 && !plan.served; --stages) {
@@ -1136,6 +1152,7 @@ Plan plan_of(const Perplexity& problem) {
   return plan;
 }
 
+// The same for every problem: threads of the host that launch at once set the same limit.
 template <typename... Parameters>
 void allow_memory(void (*kernel)(Parameters...), std::size_t bytes) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -1147,8 +1164,9 @@ void launch(const Perplexity& problem, void* workspace, cudaStream_t stream) {
   Plan plan = plan_of<T, kSteps>(problem);
   place(problem, static_cast<char*>(workspace), plan.partials);
 
+  const std::size_t memory = memory_of_block();
   const std::size_t sweep_bytes = std::size_t{1} * plan.partials.teams * plan.layout.bytes;
-  allow_memory(sweep_words<T, kSteps>, sweep_bytes);
+  allow_memory(sweep_words<T, kSteps>, memory);
   const dim3 sweep_grid(plan.panels, plan.partials.splits);
   const int sweep_threads = plan.partials.teams * kTeam;
   sweep_words<T, kSteps><<<sweep_grid, sweep_threads, sweep_bytes, stream>>>(
@@ -1156,7 +1174,7 @@ void launch(const Perplexity& problem, void* workspace, cudaStream_t stream) {
   check(cudaGetLastError());
 
   const std::size_t merge_bytes = merge_memory(problem, plan.partials);
-  allow_memory(merge_splits<T>, merge_bytes);
+  allow_memory(merge_splits<T>, memory - kDeclared);
   const dim3 merge_grid(static_cast<unsigned>(problem.width / kSlice),
                         static_cast<unsigned>(problem.rows));
   merge_splits<T><<<merge_grid, kMergeThreads, merge_bytes, stream>>>(problem, plan.partials);

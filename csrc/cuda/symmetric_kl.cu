@@ -22,18 +22,19 @@ struct alignas(sizeof(T) * kWidth) Pack {
   T values[kWidth];
 };
 
-// A scale with its sign moved to the logits, so that the largest logit is on top.
+// A scale, of which its sign and a quarter go to the logits: the largest one is on top, and even of
+// the largest finite numbers the difference of two differences is finite.
 template <typename C>
 struct Scale {
   C size;
-  C sign;
+  C of_logits;
 };
 
 template <typename C>
 __device__ Scale<C> scale_of(double factor, const void* value) {
   C scale = static_cast<C>(factor);
   if (value) scale *= *static_cast<const C*>(value);
-  return scale < 0 ? Scale<C>{-scale, C(-1)} : Scale<C>{scale, C(1)};
+  return scale < 0 ? Scale<C>{-4 * scale, C(-0.25)} : Scale<C>{4 * scale, C(0.25)};
 }
 
 // What the first sweep gathers over some of the classes, relative to the top logits among these.
@@ -41,16 +42,17 @@ __device__ Scale<C> scale_of(double factor, const void* value) {
 template <typename C>
 struct Sums {
   C student_top;
+  C teacher_at_top;  // of the student's top class
   C teacher_top;
-  C student;  // sum of exp(s)
-  C teacher;  // sum of exp(t)
-  C gap;      // sum of exp(s) * (s - t) / classes: without the division it could overflow
+  C student;   // sum of exp(s)
+  C teacher;   // sum of exp(t)
+  C from_top;  // sum of exp(s) * from_top()
 };
 
 template <typename C>
 __device__ Sums<C> no_sums() {
   constexpr C lowest = -INFINITY;
-  return {lowest, lowest, 0, 0, 0};
+  return {lowest, 0, lowest, 0, 0, 0};
 }
 
 // What the second sweep gathers.
@@ -72,10 +74,10 @@ class RowSolver {
         gradient_(problem.gradient ? static_cast<G*>(problem.gradient) + row * problem.classes
                                    : nullptr),
         classes_(problem.classes),
-        share_(C(1) / static_cast<C>(problem.classes)),
         student_scale_(scale_of<C>(problem.student_factor, problem.student_scale)),
         teacher_scale_(scale_of<C>(problem.teacher_factor, problem.teacher_scale)),
         ratio_(teacher_scale_.size / student_scale_.size),
+        share_(student_scale_.size / static_cast<C>(problem.classes)),
         forward_weight_(static_cast<C>(problem.forward_weight)),
         reverse_weight_(static_cast<C>(problem.reverse_weight)) {}
 
@@ -86,13 +88,15 @@ class RowSolver {
     for (std::int64_t c = first(); c < classes_; c += step()) {
       C student[kWidth], teacher[kWidth];
       load(c, student, teacher);
-      C student_top = sums.student_top, teacher_top = sums.teacher_top;
+      C student_top = sums.student_top, teacher_at_top = sums.teacher_at_top;
+      C teacher_top = sums.teacher_top;
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
+        teacher_at_top = student[i] > student_top ? teacher[i] : teacher_at_top;
         student_top = larger(student_top, student[i]);
         teacher_top = larger(teacher_top, teacher[i]);
       }
-      sums = moved(sums, student_top, teacher_top);
+      sums = moved(sums, student_top, teacher_at_top, teacher_top);
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
         const C u = student[i] - student_top;
@@ -100,7 +104,7 @@ class RowSolver {
         const C student_exp = exp_negative(u * student_scale_.size);
         sums.student += student_exp;
         sums.teacher += exp_negative(v * teacher_scale_.size);
-        sums.gap += student_exp * (gap(u, v) * share_);
+        sums.from_top += student_exp * from_top(u, teacher[i] - teacher_at_top);
       }
     }
     return sums;
@@ -109,19 +113,22 @@ class RowSolver {
   // `a` and `b` of other classes each.
   __device__ Sums<C> merged(Sums<C> a, Sums<C> b) const {
     const C student_top = larger(a.student_top, b.student_top);
+    const C teacher_at_top = b.student_top > a.student_top ? b.teacher_at_top : a.teacher_at_top;
     const C teacher_top = larger(a.teacher_top, b.teacher_top);
-    a = moved(a, student_top, teacher_top);
-    b = moved(b, student_top, teacher_top);
-    return {student_top, teacher_top, a.student + b.student, a.teacher + b.teacher, a.gap + b.gap};
+    a = moved(a, student_top, teacher_at_top, teacher_top);
+    b = moved(b, student_top, teacher_at_top, teacher_top);
+    return {student_top,           teacher_at_top,        teacher_top,
+            a.student + b.student, a.teacher + b.teacher, a.from_top + b.from_top};
   }
 
   // Over this thread's classes, with the sums of the whole row. Writes the gradient.
   __device__ Losses<C> second_sweep(const Sums<C>& sums) const {
-    const C mean_gap = sums.gap * (static_cast<C>(classes_) / sums.student);
+    const C mean = sums.from_top / sums.student;
+    const C of_reverse = reverse_weight_ * static_cast<C>(classes_);
     const C log_ratio = log(sums.teacher / sums.student);
     const C to_q = 1 / sums.student;
     const C to_p = 1 / sums.teacher;
-    const C gradient_scale = student_scale_.size * student_scale_.sign;
+    const C gradient_scale = student_scale_.size * student_scale_.of_logits;
     Losses<C> losses{0, 0, 0};
 #pragma unroll kUnroll
     for (std::int64_t c = first(); c < classes_; c += step()) {
@@ -137,14 +144,14 @@ class RowSolver {
         const KLTerms<C> terms = kl_terms(p, q, -gap(u, v) - log_ratio);
         losses.forward += terms.forward;
         losses.reverse += terms.reverse;
-        const C gradient =
-            forward_weight_ * terms.difference + reverse_weight_ * (q * (gap(u, v) - mean_gap));
+        const C above_mean = from_top(u, teacher[i] - sums.teacher_at_top) - mean;
+        const C gradient = forward_weight_ * terms.difference + of_reverse * (q * above_mean);
         narrow(gradient * gradient_scale, gradients.values[i]);
         losses.gradient_of_scale += gradient * u;
       }
       if (gradient_) *reinterpret_cast<Pack<G, kWidth>*>(gradient_ + c) = gradients;
     }
-    losses.gradient_of_scale *= student_scale_.sign;
+    losses.gradient_of_scale /= student_scale_.of_logits;
     return losses;
   }
 
@@ -163,12 +170,13 @@ class RowSolver {
   __device__ std::int64_t first() const { return threadIdx.x * kWidth; }
   __device__ std::int64_t step() const { return blockDim.x * kWidth; }
 
-  // The signed logits of kWidth classes. kWidth divides the number of classes.
+  // The logits of kWidth classes, with their share of the scale. kWidth divides the number of
+  // classes.
   __device__ void load(std::int64_t c, C (&student)[kWidth], C (&teacher)[kWidth]) const {
     const auto students = *reinterpret_cast<const Pack<T, kWidth>*>(student_ + c);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
-      student[i] = widen(students.values[i]) * student_scale_.sign;
+      student[i] = widen(students.values[i]) * student_scale_.of_logits;
     }
     if (index_) {
 #pragma unroll
@@ -176,32 +184,44 @@ class RowSolver {
         // Nobody has looked at the index on the host: outside the teacher stands NaN, not memory.
         const std::int64_t column = index_[c + i];
         const bool inside = column >= 0 && column < teacher_classes_;
-        teacher[i] = inside ? widen(teacher_[column]) * teacher_scale_.sign : C(NAN);
+        teacher[i] = inside ? widen(teacher_[column]) * teacher_scale_.of_logits : C(NAN);
       }
     } else {
       const auto teachers = *reinterpret_cast<const Pack<T, kWidth>*>(teacher_ + c);
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
-        teacher[i] = widen(teachers.values[i]) * teacher_scale_.sign;
+        teacher[i] = widen(teachers.values[i]) * teacher_scale_.of_logits;
       }
     }
   }
 
   // The same sums relative to tops at least as high. Empty sums have no top to move from, which
   // might be minus infinity.
-  __device__ Sums<C> moved(const Sums<C>& sums, C student_top, C teacher_top) const {
+  __device__ Sums<C> moved(const Sums<C>& sums, C student_top, C teacher_at_top,
+                           C teacher_top) const {
     const bool empty = sums.student == 0;
     const C u = empty ? C(0) : sums.student_top - student_top;
     const C v = empty ? C(0) : sums.teacher_top - teacher_top;
+    const C at_top = empty ? C(0) : sums.teacher_at_top - teacher_at_top;
     const C factor = exp_negative(u * student_scale_.size);
-    return {student_top, teacher_top, factor * sums.student,
+    return {student_top,
+            teacher_at_top,
+            teacher_top,
+            factor * sums.student,
             exp_negative(v * teacher_scale_.size) * sums.teacher,
-            factor * (sums.gap + sums.student * (gap(u, v) * share_))};
+            factor * (sums.from_top + sums.student * from_top(u, at_top))};
   }
 
   // s - t, as a difference that is 0 where both sides are the same, even if the compiler fuses a
   // product and a sum.
   __device__ C gap(C u, C v) const { return (u - ratio_ * v) * student_scale_.size; }
+
+  // s - t of a class less that of the student's top class, by the differences of their logits, in
+  // shares of 1 / classes, whose sum does not overflow. At the top class it is exactly 0: where the
+  // student has hardly a doubt, the gradient is the small rest of this and its mean.
+  __device__ C from_top(C u, C teacher_difference) const {
+    return (u - ratio_ * teacher_difference) * share_;
+  }
 
   const T* __restrict__ student_;
   const T* __restrict__ teacher_;
@@ -209,10 +229,10 @@ class RowSolver {
   const std::int64_t* __restrict__ index_;
   G* __restrict__ gradient_;
   std::int64_t classes_;
-  C share_;
   Scale<C> student_scale_;
   Scale<C> teacher_scale_;
   C ratio_;
+  C share_;
   C forward_weight_;
   C reverse_weight_;
 };
@@ -233,7 +253,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocessor<C>)
   auto* gradient_of_scale = static_cast<C*>(problem.gradient_of_scale);
   // Any infinity or NaN in the row has reached this sum, as 0 * infinity at the least. It is the
   // same in all threads of the block, so all of them leave.
-  if (!isfinite(sums.gap)) {
+  if (!isfinite(sums.from_top)) {
     constexpr C nan = NAN;
     solver.fill_gradient(nan);
     if (threadIdx.x == 0) {

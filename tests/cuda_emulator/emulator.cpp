@@ -75,7 +75,8 @@ std::vector<Warp> warps;      // by the thread's number / 32
 std::vector<Barrier> barriers;
 std::map<std::pair<std::string, int>, std::unique_ptr<char[]>> shared_variables;
 std::unique_ptr<char[]> dynamic_memory;
-std::map<const void*, int> shared_allowed;
+// By the kernel and the shared_per_block of the device.
+std::map<std::pair<const void*, int>, int> shared_allowed;
 const std::function<void()>* body;
 Fiber* current;
 Fiber host;
@@ -342,7 +343,7 @@ void launch_body(const void* kernel, dim3 grid_of_launch, dim3 block_of_launch, 
   const unsigned threads = block_of_launch.x * block_of_launch.y * block_of_launch.z;
   const std::size_t blocks =
       std::size_t{1} * grid_of_launch.x * grid_of_launch.y * grid_of_launch.z;
-  const auto allowed = shared_allowed.find(kernel);
+  const auto allowed = shared_allowed.find({kernel, device.shared_per_block});
   if (threads == 0 || threads > 1024 || threads % kWarp != 0) {
     last_error = "a block of " + std::to_string(threads) + " threads";
   } else if (blocks == 0 || grid_of_launch.y > 65535 || grid_of_launch.z > 65535) {
@@ -400,6 +401,8 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 
 cudaError_t emulated_set_attribute(const void* kernel, cudaFuncAttribute, int value) {
   if (value > emulated::device.shared_per_block) return "too much shared memory for the device";
-  emulated::shared_allowed[kernel] = value;
+  const auto allowed =
+      emulated::shared_allowed.emplace(std::pair{kernel, emulated::device.shared_per_block}, value);
+  if (allowed.first->second != value) return "a limit that would race with that of other threads";
   return cudaSuccess;
 }

@@ -15,7 +15,9 @@ def normal(*shape, seed=0, scale=1.0, dtype=torch.float64):
 
 def gradients(outputs, inputs, seed=9):
     """Gradients under an upstream gradient that differs from row to row. Keeps the graph."""
-    upstream = [normal(*x.shape, seed=seed + i, dtype=x.dtype) for i, x in enumerate(outputs)]
+    upstream = [
+        normal(*x.shape, seed=seed + i, dtype=x.dtype).to(x.device) for i, x in enumerate(outputs)
+    ]
     return torch.autograd.grad(outputs, inputs, upstream, retain_graph=True)
 
 

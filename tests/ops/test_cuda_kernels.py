@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests import cuda_emulator
-from tests.ops.support import assert_close, normal
+from tests.ops.support import assert_as_precise, assert_close, normal
 from vlfast.ops import reference
 
 pytestmark = pytest.mark.skipif(cuda_emulator.compiler() is None, reason="needs g++")
@@ -130,12 +130,14 @@ def symmetric_kl(
     return outputs
 
 
-def exact_symmetric_kl(student, teacher, scale, teacher_scale, index=None, weights=(0.5, 0.5)):
-    student = student.double().requires_grad_()
-    scale = torch.full((len(student), 1), scale, dtype=F64, requires_grad=True)
+def exact_symmetric_kl(
+    student, teacher, scale, teacher_scale, index=None, weights=(0.5, 0.5), dtype=F64
+):
+    student = student.to(dtype).requires_grad_()
+    scale = torch.full((len(student), 1), scale, dtype=dtype, requires_grad=True)
     losses = reference.symmetric_kl(
         student * scale,
-        teacher.double(),
+        teacher.to(dtype),
         teacher_scale=teacher_scale,
         forward_weight=weights[0],
         reverse_weight=weights[1],
@@ -279,6 +281,48 @@ class TestSymmetricKL:
         for before, after in zip(good, symmetric_kl(emulator, *sides), strict=True):
             assert torch.equal(before[[0, 1, 3]], after[[0, 1, 3]])
             assert after[2].isnan().all()
+
+    @pytest.mark.parametrize("classes", [3, 9, 64, 1500])
+    @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+    def test_a_student_without_doubt_has_no_gradient(self, emulator, dtype, classes):
+        """Whatever the teacher says of the class, it is the mean of the gaps."""
+        student, teacher = torch.zeros(2, classes, dtype=dtype), torch.zeros(2, classes).to(dtype)
+        student[:, classes // 3], teacher[:, -1], teacher[:, -2] = 1e4, 3, 7e3
+        actual = symmetric_kl(emulator, student, teacher, weights=(0.0, 1.0))
+        assert not actual[1].any() and not actual[2].any()
+        assert_close(actual[0], exact_symmetric_kl(student, teacher, 1, 1, weights=(0, 1))[0], 1e-6)
+
+    @pytest.mark.parametrize(
+        ("dtype", "size"), [(F32, 1e30), (F32, 3.4e37), (F64, 1e300), (BF16, 1e30)], ids=str
+    )
+    def test_huge_logits(self, emulator, dtype, size):
+        student = torch.tensor([[10.0, 0, 0], [0, 0, 10], [0, 10, 0]], dtype=F64).mul(size)
+        teacher = torch.tensor([[0, 7.0, 0]], dtype=F64).mul(size).expand(3, 3)
+        actual = symmetric_kl(emulator, student.to(dtype), teacher.to(dtype).contiguous())
+        expected = torch.tensor([[0.5, -0.5, 0], [0, -0.5, 0.5], [0, 0, 0]])
+        assert torch.equal(actual[1].float(), expected)
+
+    @pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
+    def test_masks_of_the_lowest_number(self, emulator, dtype):
+        """Also of the class that is the other side's top."""
+        student, teacher = pair(4, 37, dtype)
+        lowest = torch.finfo(dtype).min
+        student[:, 3] = student[:, 20] = teacher[:, 20] = teacher[:, 36] = lowest
+        teacher[torch.arange(4), student.argmax(1)] = lowest
+        actual = symmetric_kl(emulator, student, teacher)
+        expected = exact_symmetric_kl(student, teacher, 1.0, 1.0)
+        assert_all_close(actual[:2], expected[:2], 1e-6)
+
+    @pytest.mark.parametrize("shape", [(1, 3), (3, 10), (1, 100)], ids=str)
+    def test_cosines_at_the_scale_of_clip(self, emulator, shape):
+        """As near to the truth as PyTorch's fp32, whichever classes are on top."""
+        generator = torch.Generator().manual_seed(3)
+        for _ in range(200):
+            student, teacher = (torch.rand(2, *shape, generator=generator) * 2 - 1).unbind()
+            actual = symmetric_kl(emulator, student, teacher, factors=(100.0, 100.0))
+            truth = exact_symmetric_kl(student, teacher, 100.0, 100.0)
+            rounded = exact_symmetric_kl(student, teacher, 100.0, 100.0, dtype=F32)
+            assert_as_precise(actual, rounded, truth)
 
     def test_the_order_of_threads_changes_no_bit(self, emulator):
         student, teacher = pair(4, 1000, F32)
@@ -557,6 +601,31 @@ class TestPerplexity:
         for name in good:
             assert torch.equal(good[name][others], bad[name][others])
             assert bad[name][2].isnan().all()
+
+    @pytest.mark.parametrize("counted", [True, False], ids=["counted", "excluded"])
+    @pytest.mark.parametrize("word", [0, 77, 149])
+    @pytest.mark.parametrize("value", [NAN, float("inf"), -float("inf")])
+    @pytest.mark.parametrize("where", ["inverse_norms", "embedding", "norms of the embedding"])
+    @pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
+    def test_bad_words(self, emulator, dtype, where, value, word, counted):
+        """They may be in any row's labels. Those that do not count are not in its terms."""
+        prompts, hidden, embedding = inputs(18, 150, 64, dtype)
+        prompts[1], hidden[2] = 0, 0
+        options = dict(top_k=3, detach_targets=False, vocabulary=torch.ones(150, dtype=torch.bool))
+        options["vocabulary"][word] = counted
+        if where != "norms of the embedding":
+            options["inverse_norms"] = reference.inverse_norm(embedding.float())
+        good = perplexity(emulator, prompts, hidden, embedding, **options)
+        if where == "inverse_norms":
+            options["inverse_norms"][word] = value
+        else:
+            embedding[word, 5] = value
+        bad = perplexity(emulator, prompts, hidden, embedding, **options)
+        for name, result in bad.items():
+            if counted:
+                assert result.isnan().all(), name
+            elif name != "perplexity_to_hidden" or where == "inverse_norms":
+                assert torch.equal(result, good[name]), name
 
     @pytest.mark.parametrize("wanted", [(), GRADIENTS[:1], GRADIENTS[1:2], GRADIENTS[2:]], ids=str)
     def test_unwanted_gradients(self, emulator, wanted):
