@@ -748,6 +748,120 @@ class TestKernelProperties:
             torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or backends.why_no_kernel("gated_mixture", "cuda") is not None,
+    reason="no CUDA device that Triton serves",
+)
+class TestOnGpu:
+    @pytest.fixture(autouse=True)
+    def launches(self, monkeypatch):
+        """One for each call of the kernel."""
+        from vlfast.ops.triton import gated_mixture as kernels
+
+        kernel, launches = kernels.gated_mixture, []
+
+        def counted(*arguments):
+            launches.append(arguments)
+            return kernel(*arguments)
+
+        monkeypatch.setattr(kernels, "gated_mixture", counted)
+        monkeypatch.setenv("VLFAST_CHECK", "0")
+        return launches
+
+    def on_gpu(self, arguments):
+        return {
+            name: value.detach().cuda().requires_grad_(value.requires_grad)
+            if isinstance(value, torch.Tensor)
+            else value
+            for name, value in arguments.items()
+        }
+
+    def losses_and_gradients(self, arguments, **options):
+        losses = gated_mixture_loss(**arguments, reduction="none", **options)
+        leaves = arguments["gate"], arguments["student_logits"]
+        return [*(x.detach() for x in losses), *gradients(losses, leaves)]
+
+    @pytest.mark.parametrize(
+        ("batch", "classes", "heads", "width", "top_k", "temperature"),
+        [
+            (1, 1, 1, 8, 1, 1.0),
+            (7, 3, 12, 64, 1, 4.0),
+            (5, 100, 6, 33, 6, 0.5),
+            (32, 1000, 12, 512, 3, 2.0),
+            (128, 397, 36, 512, 2, 1.0),
+            (3, 20930, 4, 256, 2, 1.0),
+        ],
+    )
+    @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+    def test_accuracy(self, launches, dtype, batch, classes, heads, width, top_k, temperature):
+        arguments = problem(batch, classes, heads, width, dtype)
+        options = dict(temperature=temperature, top_k=top_k)
+        actual = self.losses_and_gradients(self.on_gpu(arguments), **options)
+        assert len(launches) == 1
+
+        exact = in_order(arguments, **options)
+        losses = reference.gated_mixture(*exact)
+        expected = [*losses, *gradients(losses, (exact[1], exact[3]))]
+        assert [x.dtype for x in actual] == [F32, F32, dtype, dtype]
+        tolerances = (1e-5, 1e-5, *[max(1e-4, torch.finfo(dtype).eps)] * 2)
+        for result, truth, tolerance in zip(actual, expected, tolerances, strict=True):
+            assert_close(result.cpu(), truth, tolerance)
+
+    def test_numbers_on_the_gpu(self, launches):
+        arguments = self.on_gpu(problem(16, 100, 12, 64, F32))
+        given = self.losses_and_gradients(arguments, temperature=2.0)
+        arguments["logit_scale"] = torch.tensor(20.0).cuda()
+        read = self.losses_and_gradients(arguments, temperature=torch.tensor(2.0).cuda())
+        for x, y in zip(read, given, strict=True):
+            assert_close(x, y, 1e-6)
+        assert len(launches) == 2
+
+    def test_the_same_bits_every_time(self):
+        arguments = self.on_gpu(problem(64, 397, 12, 512, BF16))
+        first = self.losses_and_gradients(arguments)
+        assert all(map(torch.equal, first, self.losses_and_gradients(arguments)))
+
+    @pytest.mark.parametrize("label", [-1, 7, 2**40])
+    def test_labels_out_of_range(self, label):
+        arguments = self.on_gpu(problem(dtype=F32))
+        good = gated_mixture_loss(**arguments, reduction="none")
+        arguments["labels"][3] = label
+        bad = gated_mixture_loss(**arguments, reduction="none")
+        assert torch.equal(good[0], bad[0])
+        others = torch.arange(5) != 3
+        assert torch.equal(good[1][others], bad[1][others]) and bad[1][3].isnan()
+
+    @pytest.mark.parametrize("name", ["image_features", "student_logits"])
+    def test_bad_values_stay_in_their_row(self, name):
+        arguments = self.on_gpu(problem(dtype=F32))
+        good = gated_mixture_loss(**arguments, reduction="none")
+        with torch.no_grad():
+            arguments[name][3, 2] = float("nan")
+        others = torch.arange(5) != 3
+        bad = gated_mixture_loss(**arguments, reduction="none")
+        assert bad[0][3].isnan()
+        for before, after in zip(good, bad, strict=True):
+            assert torch.equal(before[others], after[others])
+
+    def test_no_host_synchronisation(self, launches):
+        arguments = self.on_gpu(problem(16, 100, 12, 64, F16))
+        numbers = dict(
+            logit_scale=torch.tensor(20.0, device="cuda"),
+            temperature=torch.tensor(2.0, device="cuda"),
+        )
+        # Triton compiles, and loads its kernels, at the first call.
+        for mode in ("default", "error"):
+            torch.cuda.set_sync_debug_mode(mode)
+            try:
+                distillation, selection = gated_mixture_loss(**arguments | numbers)
+                (distillation + selection).backward()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        assert arguments["gate"].grad.isfinite().all()
+        assert len(launches) == 2
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("change", "error", "message"),

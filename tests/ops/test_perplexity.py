@@ -707,6 +707,155 @@ def test_nothing_waits_for_the_gpu(dtype):
     assert_close(loss, expected, 1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or backends.why_no_kernel("perplexity", "cuda") is not None,
+    reason="no CUDA device that vlfast._C was built for",
+)
+class TestOnGpu:
+    @pytest.fixture
+    def launches(self, monkeypatch):
+        """One for each call of the kernel."""
+        kernel, launches = extension().perplexity_cuda, []
+
+        def counted(*arguments):
+            launches.append(arguments)
+            return kernel(*arguments)
+
+        monkeypatch.setattr(extension(), "perplexity_cuda", counted)
+        monkeypatch.setenv("VLFAST_CHECK", "0")
+        return launches
+
+    def arguments(self, rows=16, words=3001, width=512, dtype=F32):
+        """fp32 rows and words of CLIP's proportions: the logits have a deviation of about 3."""
+        arguments = problem(rows, words, width, F32, embedding=2.5 * width**-0.5)
+        prompts, hidden, embedding = (x.detach().cuda() for x in arguments)
+        return prompts, hidden, embedding.to(dtype)
+
+    @pytest.mark.parametrize("detach_targets", [True, False], ids=["detached", "attached"])
+    @pytest.mark.parametrize("words", [3001, 49408])
+    @pytest.mark.parametrize(
+        ("rows", "width", "dtype", "top_k", "vocabulary", "inverse_norms"),
+        [
+            (1, 64, F32, 1, False, False),
+            (1, 512, BF16, 10, True, True),
+            (1, 768, F16, 64, False, True),
+            (1, 1024, F32, 33, True, False),
+            (16, 64, BF16, 33, False, False),
+            (16, 512, F32, 10, False, True),
+            (16, 512, F16, 10, True, False),
+            (16, 512, BF16, 64, True, True),
+            (16, 768, F32, 1, True, True),
+            (16, 1024, F16, 10, False, False),
+            (17, 64, F16, 64, True, False),
+            (17, 512, F32, 64, False, False),
+            (17, 768, BF16, 10, False, True),
+            (17, 1024, BF16, 1, True, True),
+            (17, 1024, F32, 10, True, False),
+            (64, 64, F32, 10, False, True),
+            (64, 512, F16, 33, False, False),
+            (64, 512, BF16, 1, False, False),
+            (64, 768, F16, 10, True, True),
+            (64, 1024, F32, 64, False, True),
+            (64, 1024, BF16, 33, True, False),
+        ],
+    )
+    def test_accuracy(
+        self, launches, rows, words, width, dtype, top_k, vocabulary, inverse_norms, detach_targets
+    ):
+        arguments = self.arguments(rows, words, width, dtype)
+        prompts, hidden, embedding = in_doubles(arguments)
+        options = dict(top_k=top_k, temperature=0.05, detach_targets=detach_targets)
+        if vocabulary:
+            options["vocabulary"] = torch.arange(words, device="cuda") % 5 != 2
+        if inverse_norms:
+            options["inverse_norms"] = reference.inverse_norm(embedding).float()
+        actual = terms_and_gradients(*arguments, **options)
+        assert len(launches) == 1
+        again = terms_and_gradients(*arguments, **options)
+        assert all(map(torch.equal, actual, again))
+
+        with backends.reference_only():
+            expected = terms_and_gradients(prompts, hidden, embedding, **options)
+        # What is small because large numbers cancel has their error. bf16 takes the rows in two
+        # terms of 8 bits.
+        tolerance = 2e-5 if dtype == BF16 else 8e-6
+        logits, of_words = (hidden @ embedding.T).abs().max(), embedding.abs().max()
+        floors = (logits, 0, 0 if detach_targets else of_words, of_words)
+        for result, truth, floor in zip(actual, expected, floors, strict=True):
+            assert result.dtype == F32
+            error = (result.double() - truth).abs().max()
+            assert error <= tolerance * truth.abs().max().clamp_min(floor)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    @pytest.mark.parametrize("side", [0, 1], ids=["prompts", "hidden"])
+    def test_bad_values_stay_in_their_row(self, launches, side, value):
+        arguments = self.arguments(rows=18, dtype=F16)
+        good = terms_and_gradients(*arguments, detach_targets=False)
+        arguments[side][2, 511] = value
+        others = torch.arange(18) != 2
+        bad = terms_and_gradients(*arguments, detach_targets=False)
+        for before, after in zip(good, bad, strict=True):
+            assert torch.equal(before[others], after[others])
+            assert after[2].isnan().all()
+        assert len(launches) == 2
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    @pytest.mark.parametrize("where", ["embedding", "inverse_norms"])
+    def test_bad_words_may_be_in_every_row(self, launches, where, value):
+        prompts, hidden, embedding = self.arguments(rows=18, dtype=BF16)
+        inverse_norms = reference.inverse_norm(embedding.float())
+        if where == "embedding":
+            embedding[2999, 3] = value
+        else:
+            inverse_norms[2999] = value
+        for result in terms_and_gradients(prompts, hidden, embedding, inverse_norms=inverse_norms):
+            assert result.isnan().all()
+        assert len(launches) == 1
+
+    def test_no_host_synchronisation(self, launches):
+        prompts, hidden, embedding = self.arguments(dtype=F16)
+        leaves = prompts.requires_grad_(), hidden.half().requires_grad_()
+        options = dict(
+            temperature=torch.tensor(0.05, device="cuda"),
+            inverse_weight=torch.tensor(0.5, device="cuda"),
+            vocabulary=embedding[:, 0] > -1,
+            detach_targets=False,
+        )
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            plpp_loss(*leaves, embedding, **options).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+        assert all(leaf.grad.isfinite().all() for leaf in leaves)
+        assert len(launches) == 1
+
+    def test_cuda_graph(self, launches):
+        prompts, hidden, embedding = self.arguments(dtype=BF16)
+        leaves = prompts.requires_grad_(), hidden.requires_grad_()
+
+        def step():
+            loss = plpp_loss(*leaves, embedding, temperature=0.05)
+            return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+        # What a first call sets up may not be captured.
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        with torch.no_grad():
+            prompts.copy_(prompts.flip(0) * 2)
+            hidden.copy_(hidden.flip(1))
+        graph.replay()
+        assert len(launches) == 2
+        assert all(map(torch.equal, captured, step()))
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("change", "error", "message"),

@@ -454,6 +454,35 @@ class TestOnGpu:
         teacher, index = normal(4, 30, seed=1, dtype=F32).cuda(), torch.randperm(30)[:9].cuda()
         assert_as_precise_as_pytorch(student, teacher, torch.tensor(5.0).cuda(), index=index)
 
+    @pytest.mark.parametrize("column", [-1, 30, 2**40])
+    def test_index_outside_the_teacher(self, column, monkeypatch):
+        monkeypatch.setenv("VLFAST_CHECK", "0")
+        student, teacher = normal(4, 9, dtype=F32).cuda(), normal(4, 30, seed=1, dtype=F32).cuda()
+        index = torch.arange(9)
+        index[5] = column
+        results = loss_and_gradients(
+            student, teacher, torch.tensor(5.0).cuda(), index=index.cuda(), teacher_scale=5.0
+        )
+        assert all(result.isnan().all() for result in results)
+
+    def test_scales_on_the_gpu(self):
+        student, teacher = (x.cuda() for x in pair(6, 1001, dtype=F32))
+        scale, teacher_scale = torch.tensor(50.0).cuda(), torch.tensor(40.0).cuda()
+        assert_as_precise_as_pytorch(
+            student, teacher, scale, teacher_scale=teacher_scale, temperature=2.0
+        )
+        read = symmetric_kl_loss(student, teacher, student_scale=scale, teacher_scale=teacher_scale)
+        given = symmetric_kl_loss(student, teacher, student_scale=50.0, teacher_scale=40.0)
+        assert torch.equal(read, given)
+
+    def test_the_same_bits_every_time(self):
+        student, teacher = (x.cuda() for x in pair(64, 1000, dtype=BF16))
+        results = [
+            loss_and_gradients(student, teacher, torch.tensor(80.0).cuda()) for _ in range(3)
+        ]
+        for others in results[1:]:
+            assert all(map(torch.equal, results[0], others))
+
     def test_bad_values_stay_in_their_row(self):
         student, teacher = (x.cuda() for x in pair(4, 1000, dtype=F32))
         for value in (float("nan"), float("inf"), -float("inf")):
