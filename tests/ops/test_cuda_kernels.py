@@ -322,7 +322,9 @@ class TestSymmetricKL:
             actual = symmetric_kl(emulator, student, teacher, factors=(100.0, 100.0))
             truth = exact_symmetric_kl(student, teacher, 100.0, 100.0)
             rounded = exact_symmetric_kl(student, teacher, 100.0, 100.0, dtype=F32)
-            assert_as_precise(actual, rounded, truth)
+            assert_as_precise(actual[::2], rounded[::2], truth[::2])
+            # It is a difference of probabilities times the scale, and they are rounded.
+            assert_as_precise(actual[1:2], rounded[1:2], truth[1:2], smallest=1.0)
 
     def test_the_order_of_threads_changes_no_bit(self, emulator):
         student, teacher = pair(4, 1000, F32)
