@@ -12,12 +12,18 @@ from torch import Tensor
 
 from .._extension import extension
 from . import checks, reference
-from .backends import dispatcher_sees, kernel_serves
+from .backends import kernel_serves
+from .kernel_calls import (
+    DTYPES,
+    addresses,
+    dispatcher_sees,
+    number_for_gpu,
+    refuse_second_derivative,
+    tensor_and_factor,
+)
 
 Reduction = Literal["none", "sum", "batchmean", "mean"]
 REDUCTIONS = ("none", "sum", "batchmean", "mean")
-# As csrc/include/vlfast/dtype.h has them.
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 def symmetric_kl_loss(
@@ -58,14 +64,15 @@ def symmetric_kl_loss(
     computed in fp32; each gradient comes back in its input's dtype. A row with a value that is not
     finite gives NaN for itself alone. Scales on the GPU are not read by the host.
 
-    A temperature or a weight that is a tensor, other devices than CPU and CUDA, and functorch
-    transforms are served by plain PyTorch. For second derivatives compute the loss under
-    ``vlfast.ops.backends.reference_only()``; without it, create_graph=True raises RuntimeError.
+    A temperature or a weight that is a tensor (it then gets its gradient), other devices than CPU
+    and CUDA, functorch transforms and forward-mode differentiation are served by plain PyTorch.
+    For second derivatives compute the loss under ``vlfast.ops.backends.reference_only()``; without
+    it, create_graph=True raises RuntimeError.
 
     Raises:
         TypeError: an argument of another type or dtype.
-        ValueError: another shape, device or reduction, an empty input, a number out of range, or
-            a teacher, teacher_scale, temperature or weight that requires grad.
+        ValueError: another shape, device or reduction, an empty input, a number or (on the CPU) an
+            index out of range, or a teacher or teacher_scale that requires grad.
     """
     check_arguments(
         student,
@@ -150,6 +157,9 @@ def check_arguments(
         index=index,
         student_scale=student_scale,
         teacher_scale=teacher_scale,
+        temperature=temperature,
+        forward_weight=forward_weight,
+        reverse_weight=reverse_weight,
     )
     checks.check_reduction(reduction, REDUCTIONS)
 
@@ -161,11 +171,6 @@ def kernel_can_serve(student: Tensor, teacher: Tensor, *numbers: Tensor | float)
     if student.dtype not in DTYPES or teacher.dtype not in DTYPES:
         return False
     return kernel_serves("symmetric_kl", student)
-
-
-def tensor_and_factor(scale: Tensor | float) -> tuple[Tensor | None, float]:
-    """A scale as a tensor, or nothing, and a number: their product is the scale."""
-    return (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
 
 
 class SymmetricKL(torch.autograd.Function):
@@ -185,7 +190,7 @@ class SymmetricKL(torch.autograd.Function):
         reverse_weight: float,
         reduce: bool,
     ) -> Tensor:
-        losses, gradient, gradient_of_scale = run_kernel(
+        inputs = (
             student,
             teacher,
             student_scale,
@@ -197,49 +202,43 @@ class SymmetricKL(torch.autograd.Function):
             reverse_weight,
             True,
         )
-        if student_scale is not None and student_scale.requires_grad:
-            ctx.save_for_backward(gradient, gradient_of_scale)
-            ctx.student_factor = student_factor
-            ctx.scale_device, ctx.scale_dtype = student_scale.device, student_scale.dtype
-        else:
-            ctx.save_for_backward(gradient)
-        ctx.student_dtype = student.dtype
-        return losses.sum() if reduce else losses
+        results = run_kernel(*inputs)
+        remember_gradients(ctx, inputs, results)
+        return results[0].sum() if reduce else results[0]
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        # once_differentiable would be silent here: the saved gradient carries no graph of its own.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "symmetric_kl_loss: create_graph=True needs the reference; compute the loss under "
-                "vlfast.ops.backends.reference_only()"
-            )
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("symmetric_kl_loss")
         gradient, *of_scale = ctx.saved_tensors
         for_student = for_scale = None
         if ctx.needs_input_grad[0]:
-            if not is_one(upstream):
-                gradient = gradient * upstream.unsqueeze(-1)
-            for_student = gradient
-            if gradient.dtype != ctx.student_dtype:
-                for_student = gradient.to(ctx.student_dtype)
+            for_student = gradient * upstream.unsqueeze(-1)
+            if for_student.dtype != ctx.student_dtype:
+                for_student = for_student.to(ctx.student_dtype)
         if ctx.needs_input_grad[2]:
             for_scale = (of_scale[0] * upstream).sum() * ctx.student_factor
             for_scale = for_scale.to(ctx.scale_device, ctx.scale_dtype)
         return for_student, None, for_scale, *[None] * 7
 
 
-def is_one(upstream: Tensor) -> bool:
-    """Whether this is a 1 that may be looked at: on the CPU, and in no graph being traced."""
-    if upstream.dim() or not upstream.is_cpu or torch.compiler.is_compiling():
-        return False
-    return upstream.item() == 1
+def remember_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    student, _, student_scale, _, _, student_factor = inputs[:6]
+    _, gradient, gradient_of_scale = output
+    if student_scale is not None and student_scale.requires_grad:
+        ctx.save_for_backward(gradient, gradient_of_scale)
+        ctx.student_factor = student_factor
+        ctx.scale_device, ctx.scale_dtype = student_scale.device, student_scale.dtype
+    else:
+        ctx.save_for_backward(gradient)
+    ctx.student_dtype = student.dtype
 
 
-def run_kernel(student: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+def run_kernel(student: Tensor, teacher: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The op, by the shortest way there is."""
-    if dispatcher_sees(student):
-        return torch.ops.vlfast.symmetric_kl(student, *others)
-    return (symmetric_kl_cpu if student.is_cpu else symmetric_kl_cuda)(student, *others)
+    if dispatcher_sees(student, teacher):
+        return torch.ops.vlfast.symmetric_kl(student, teacher, *others)
+    kernel = symmetric_kl_cpu if student.is_cpu else symmetric_kl_cuda
+    return kernel(student, teacher, *others)
 
 
 LIBRARY = torch.library.Library("vlfast", "FRAGMENT")
@@ -300,11 +299,8 @@ def symmetric_kl_cuda(
     student, teacher, index = as_the_kernels_take(student, teacher, index)
     results = empty_results(student, student.dtype, with_gradient)
     compute = results[0].dtype
-    # A scale stays on the GPU, where the kernel reads it.
-    scales = [
-        None if scale is None else scale.to(student.device, compute)
-        for scale in (student_scale, teacher_scale)
-    ]
+    student_scale, student_factor = number_for_gpu(student_scale, student_factor, compute)
+    teacher_scale, teacher_factor = number_for_gpu(teacher_scale, teacher_factor, compute)
     with torch.cuda.device(student.device):
         extension().symmetric_kl_cuda(
             DTYPES[student.dtype],
@@ -315,7 +311,7 @@ def symmetric_kl_cuda(
             teacher.shape[1],
             student_factor,
             teacher_factor,
-            *(0 if scale is None else scale.data_ptr() for scale in scales),
+            *addresses((student_scale, teacher_scale)),
             forward_weight,
             reverse_weight,
             *(result.data_ptr() for result in results),
@@ -372,3 +368,6 @@ def empty_results(
 LIBRARY.impl("symmetric_kl", symmetric_kl_cpu, "CPU")
 LIBRARY.impl("symmetric_kl", symmetric_kl_cuda, "CUDA")
 torch.library.register_fake("vlfast::symmetric_kl", symmetric_kl_fake, lib=LIBRARY)
+torch.library.register_autograd(
+    "vlfast::symmetric_kl", SymmetricKL.backward, setup_context=remember_gradients, lib=LIBRARY
+)
