@@ -50,7 +50,7 @@ def explanation(machine: Mapping[str, Any], yardstick: str) -> list[str]:
         "best call (on a GPU: time of the kernels, the L2 cache cold). Above 1, vlfast is faster.",
         "",
         "Errors are the largest over the loss and its gradients, against fp64, relative to the "
-        "largest number. Peak: by how much one more forward and backward raises the peak of memory; "
+        "largest number. Peak: by how much one more forward and backward raises that of memory; "
         "the C++ kernels keep up to some 16 MB of scratch between calls, which is not counted.",
         "",
         f"- {yardstick}",
