@@ -10,6 +10,8 @@ from torch import Tensor
 # As csrc/include/vlfast/dtype.h has them.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
+PLAIN = (Tensor, torch.nn.Parameter)
+
 
 def dispatcher_sees(*tensors: Tensor | None) -> bool:
     """Whether an op on these tensors must be called by way of PyTorch's dispatcher.
@@ -20,11 +22,10 @@ def dispatcher_sees(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
-    return any(
-        x is not None
-        and (type(x) not in (Tensor, torch.nn.Parameter) or x.is_neg() or x._is_zerotensor())
-        for x in tensors
-    )
+    for x in tensors:
+        if x is not None and (type(x) not in PLAIN or x.is_neg() or x._is_zerotensor()):
+            return True
+    return False
 
 
 def tensor_and_factor(scale: Tensor | float) -> tuple[Tensor | None, float]:

@@ -117,9 +117,10 @@ def symmetric_kl_loss(
         reverse_weight * share,
     )
     learns = student.requires_grad or (student_scale is not None and student_scale.requires_grad)
-    if learns and torch.is_grad_enabled():
+    learns = learns and torch.is_grad_enabled()
+    if learns and not dispatcher_sees(student, teacher):
         return SymmetricKL.apply(*arguments, reduction != "none")
-    losses = run_kernel(*arguments, False)[0]
+    losses = run_kernel(*arguments, learns)[0]
     return losses if reduction == "none" else losses.sum()
 
 
@@ -174,7 +175,11 @@ def kernel_can_serve(student: Tensor, teacher: Tensor, *numbers: Tensor | float)
 
 
 class SymmetricKL(torch.autograd.Function):
-    """The op and its gradient, which the forward has already computed for an upstream of 1."""
+    """The op and its gradient, which the forward has already computed for an upstream of 1.
+
+    The first backward scales it where it lies and hands it out, which spares a matrix; a later one
+    through a retained graph computes it again.
+    """
 
     @staticmethod
     def forward(
@@ -190,47 +195,49 @@ class SymmetricKL(torch.autograd.Function):
         reverse_weight: float,
         reduce: bool,
     ) -> Tensor:
-        inputs = (
-            student,
-            teacher,
-            student_scale,
-            teacher_scale,
-            index,
-            student_factor,
-            teacher_factor,
-            forward_weight,
-            reverse_weight,
-            True,
-        )
-        results = run_kernel(*inputs)
-        remember_gradients(ctx, inputs, results)
-        return results[0].sum() if reduce else results[0]
+        tensors = (student, teacher, student_scale, teacher_scale, index)
+        numbers = (student_factor, teacher_factor, forward_weight, reverse_weight, True)
+        losses, *ctx.gradients = run_kernel(*tensors, *numbers)
+        ctx.save_for_backward(*tensors)
+        ctx.numbers = numbers
+        ctx.student_dtype = student.dtype
+        return losses.sum() if reduce else losses
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("symmetric_kl_loss")
-        gradient, *of_scale = ctx.saved_tensors
         for_student = for_scale = None
+        if ctx.gradients is None:
+            _, *ctx.gradients = run_kernel(*ctx.saved_tensors, *ctx.numbers)
+        gradient, gradient_of_scale = ctx.gradients
+        if ctx.needs_input_grad[2]:
+            for_scale = gradient_to_scale(gradient_of_scale * upstream, ctx.saved_tensors[2])
+            for_scale = for_scale * ctx.numbers[0]
         if ctx.needs_input_grad[0]:
-            for_student = gradient * upstream.unsqueeze(-1)
+            factor = upstream[:, None] if upstream.dim() else upstream
+            if is_batched(upstream):
+                for_student = gradient * factor
+            else:
+                for_student = gradient if is_one(upstream) else gradient.mul_(factor)
+                ctx.gradients = None
             if for_student.dtype != ctx.student_dtype:
                 for_student = for_student.to(ctx.student_dtype)
-        if ctx.needs_input_grad[2]:
-            for_scale = (of_scale[0] * upstream).sum() * ctx.student_factor
-            for_scale = for_scale.to(ctx.scale_device, ctx.scale_dtype)
         return for_student, None, for_scale, *[None] * 7
 
 
-def remember_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    student, _, student_scale, _, _, student_factor = inputs[:6]
-    _, gradient, gradient_of_scale = output
-    if student_scale is not None and student_scale.requires_grad:
-        ctx.save_for_backward(gradient, gradient_of_scale)
-        ctx.student_factor = student_factor
-        ctx.scale_device, ctx.scale_dtype = student_scale.device, student_scale.dtype
-    else:
-        ctx.save_for_backward(gradient)
-    ctx.student_dtype = student.dtype
+def is_batched(upstream: Tensor) -> bool:
+    """Whether it stands for many upstreams, as autograd.grad(is_grads_batched=True) makes it."""
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(upstream) or functorch.is_batchedtensor(upstream)
+
+
+def is_one(upstream: Tensor) -> bool:
+    """Whether this is a 1 that can be looked at without waiting for a GPU."""
+    return upstream.dim() == 0 and upstream.is_cpu and upstream.item() == 1
+
+
+def gradient_to_scale(of_rows: Tensor, scale: Tensor) -> Tensor:
+    return of_rows.sum().to(scale.device, scale.dtype)
 
 
 def run_kernel(student: Tensor, teacher: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -368,6 +375,26 @@ def empty_results(
 LIBRARY.impl("symmetric_kl", symmetric_kl_cpu, "CPU")
 LIBRARY.impl("symmetric_kl", symmetric_kl_cuda, "CUDA")
 torch.library.register_fake("vlfast::symmetric_kl", symmetric_kl_fake, lib=LIBRARY)
+
+
+def remember_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    student, _, student_scale, _, _, student_factor = inputs[:6]
+    ctx.save_for_backward(*output[1:], student_scale)
+    ctx.student_dtype, ctx.student_factor = student.dtype, student_factor
+
+
+def backward_of_op(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    refuse_second_derivative("symmetric_kl")
+    gradient, gradient_of_scale, student_scale = ctx.saved_tensors
+    for_student = for_scale = None
+    if ctx.needs_input_grad[0]:
+        for_student = (gradient * upstream[:, None]).to(ctx.student_dtype)
+    if ctx.needs_input_grad[2]:
+        for_scale = gradient_to_scale(gradient_of_scale * upstream, student_scale)
+        for_scale = for_scale * ctx.student_factor
+    return for_student, None, for_scale, *[None] * 7
+
+
 torch.library.register_autograd(
-    "vlfast::symmetric_kl", SymmetricKL.backward, setup_context=remember_gradients, lib=LIBRARY
+    "vlfast::symmetric_kl", backward_of_op, setup_context=remember_gradients, lib=LIBRARY
 )
