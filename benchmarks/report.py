@@ -40,7 +40,7 @@ def ratio(result: Result, side: str) -> str:
 def rate(result: Result) -> str:
     if result.gbytes_per_s:
         return f"{result.gbytes_per_s:.0f} GB/s"
-    return f"{result.gflops:.0f} GFLOP/s" if result.gflops else ""
+    return f"{result.gflops:.0f} GFLOP/s" if (result.gflops or 0) >= 1 else ""
 
 
 def explanation(machine: Mapping[str, Any], yardstick: str) -> list[str]:
