@@ -40,7 +40,7 @@ def ratio(result: Result, side: str) -> str:
 def rate(result: Result) -> str:
     if result.gbytes_per_s:
         return f"{result.gbytes_per_s:.0f} GB/s"
-    return f"{result.gflops:.0f} GFLOP/s" if result.gflops else ""
+    return f"{result.gflops:.0f} GFLOP/s" if (result.gflops or 0) >= 1 else ""
 
 
 def explanation(machine: Mapping[str, Any], yardstick: str) -> list[str]:
@@ -50,7 +50,8 @@ def explanation(machine: Mapping[str, Any], yardstick: str) -> list[str]:
         "best call (on a GPU: time of the kernels, the L2 cache cold). Above 1, vlfast is faster.",
         "",
         "Errors are the largest over the loss and its gradients, against fp64, relative to the "
-        "largest number. Peak: by how much one forward and backward raises the peak of memory.",
+        "largest number. Peak: by how much one more forward and backward raises that of memory; "
+        "the C++ kernels keep up to some 16 MB of scratch between calls, which is not counted.",
         "",
         f"- {yardstick}",
         *(f"- {name}: {value}" for name, value in machine.items()),

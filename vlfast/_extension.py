@@ -25,6 +25,7 @@ except ImportError as error:
         f"the native extension vlfast._C does not load ({error}); rebuild it, {_REINSTALL}"
     )
 
+_config: dict = _extension.build_config() if _extension else {}
 _warned: set[str] = set()
 
 
@@ -33,11 +34,16 @@ def extension() -> ModuleType | None:
     return _extension
 
 
+def cuda_archs() -> str:
+    """The GPU architectures that the CUDA kernels were compiled for: "8.0 9.0a"; or nothing."""
+    return _config.get("cuda_archs", "")
+
+
 def why_no_kernels(device_type: str) -> str | None:
     """What is missing before kernels can run on this type of device, and what to do; else None."""
     if _extension is None:
         return _why_missing
-    if device_type == "cuda" and not _extension.build_config()["has_cuda"]:
+    if device_type == "cuda" and not _config["has_cuda"]:
         return (
             "the native extension was built without CUDA; install the CUDA toolkit (nvcc) and, "
             f"{_REINSTALL}"

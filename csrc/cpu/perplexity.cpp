@@ -171,18 +171,24 @@ void add_candidate(Tile& tile, std::int64_t row, std::int64_t top_k, Candidate c
 
 template <int kHalf>
 VLFAST_INLINE void pick_candidates(const Scored& by, Tile& tile) {
+  // NaN in a row as soon as a cosine or a logit is not finite, since a comparison may pass it over.
+  float poison[kHalf] = {};
   for (std::int64_t w = 0; w < by.count; ++w) {
     if (by.vocabulary && !by.vocabulary[w]) continue;
     const float* cosines = by.scores + w * 2 * kHalf;
     const float scale = by.inverse_norms[w];
     unsigned beaten = 0;
 #pragma omp simd reduction(| : beaten)
-    for (int r = 0; r < kHalf; ++r) beaten |= cosines[r] * scale > tile.threshold[r] ? 1u << r : 0u;
+    for (int r = 0; r < kHalf; ++r) {
+      beaten |= cosines[r] * scale > tile.threshold[r] ? 1u << r : 0u;
+      poison[r] += (cosines[r] * scale) * 0 + cosines[kHalf + r] * 0;
+    }
     for (; beaten; beaten &= beaten - 1) {
       const int r = __builtin_ctz(beaten);
       add_candidate(tile, r, by.top_k, {cosines[r] * scale, cosines[kHalf + r], by.first + w});
     }
   }
+  for (std::int64_t r = 0; r < by.rows; ++r) tile.sum[r] += poison[r];
 }
 
 template <int kHalf>

@@ -21,18 +21,41 @@ constexpr std::int64_t kSerialLogits = 4096;
 // long row stay those of a short one.
 constexpr std::int64_t kBlock = 512;
 
-// The logit whose scaled value is the largest.
+// The logits of each side whose scaled values are the largest.
 template <typename C>
-VLFAST_INLINE C top_logit(const C* logits, std::int64_t classes, C scale) {
-  const C sign = scale < 0 ? C(-1) : C(1);
-  C top = -std::numeric_limits<C>::infinity();
-  // Not std::max, whose references keep gcc from vectorising the loop.
-#pragma omp simd reduction(max : top)
-  for (std::int64_t c = 0; c < classes; ++c) {
-    const C logit = logits[c] * sign;
-    top = top < logit ? logit : top;
+struct Tops {
+  C student;
+  C teacher;
+  C beside;  // the teacher's of the class that is the student's top
+};
+
+// Kept lane by lane: a reduction does not carry a second value along.
+template <typename C>
+VLFAST_INLINE Tops<C> find_tops(const C* student, const C* teacher, std::int64_t classes,
+                                C student_scale, C teacher_scale) {
+  constexpr std::int64_t kLanes = 64 / sizeof(C);
+  const C student_sign = student_scale < 0 ? C(-1) : C(1);
+  const C teacher_sign = teacher_scale < 0 ? C(-1) : C(1);
+  C students[kLanes], teachers[kLanes], beside[kLanes];
+  std::fill_n(students, kLanes, student[0] * student_sign);
+  std::fill_n(teachers, kLanes, teacher[0] * teacher_sign);
+  std::fill_n(beside, kLanes, teacher[0]);
+  const auto visit = [&](std::int64_t lane, C s, C t) {
+    const bool higher = s > students[lane];
+    beside[lane] = higher ? t : beside[lane];
+    students[lane] = higher ? s : students[lane];
+    teachers[lane] = t * teacher_sign > teachers[lane] ? t * teacher_sign : teachers[lane];
+  };
+  std::int64_t c = 0;
+  for (; c + kLanes <= classes; c += kLanes) {
+#pragma omp simd
+    for (std::int64_t i = 0; i < kLanes; ++i)
+      visit(i, student[c + i] * student_sign, teacher[c + i]);
   }
-  return top * sign;
+  for (; c < classes; ++c) visit(0, student[c] * student_sign, teacher[c]);
+  const std::int64_t lane = std::max_element(students, students + kLanes) - students;
+  return {students[lane] * student_sign,
+          *std::max_element(teachers, teachers + kLanes) * teacher_sign, beside[lane]};
 }
 
 template <typename C>
@@ -67,12 +90,12 @@ VLFAST_INLINE RowResult<C> solve(Row<C> row, std::int64_t classes, Coefficients<
   C* __restrict teacher_exps = row.teacher_exp;
   C* __restrict gradients = row.gradient;
   const C student_scale = by.student_scale, teacher_scale = by.teacher_scale;
-  const C student_top = top_logit(student, classes, student_scale);
-  const C teacher_top = top_logit(teacher, classes, teacher_scale);
+  const Tops<C> top = find_tops(student, teacher, classes, student_scale, teacher_scale);
 
-  // s - t of a class is taken as scale * (u - ratio * v), which is 0 where both sides are the same
-  // even if the compiler fuses a product and a sum. Of its mean, the shares are summed: the gaps
-  // may be as large as the largest number.
+  // A gap s - t is taken as scale * (u - ratio * v), which is 0 where both sides are the same even
+  // if the compiler fuses a product and a sum. Those whose mean is subtracted are relative to the
+  // gap of the student's top class, which may be all of the mean: the difference must be 0 then. Of
+  // them shares are summed, since the gaps may be as large as the largest number.
   const C ratio = teacher_scale / student_scale;
   const C gap_share = student_scale / static_cast<C>(classes);
   C student_sum = 0, teacher_sum = 0, gap_sum = 0;
@@ -81,15 +104,14 @@ VLFAST_INLINE RowResult<C> solve(Row<C> row, std::int64_t classes, Coefficients<
     C student_part = 0, teacher_part = 0, gap_part = 0;
 #pragma omp simd reduction(+ : student_part, teacher_part, gap_part)
     for (std::int64_t c = begin; c < end; ++c) {
-      const C u = student[c] - student_top;
-      const C v = teacher[c] - teacher_top;
+      const C u = student[c] - top.student;
       const C student_exp = exp_negative(u * student_scale);
-      const C teacher_exp = exp_negative(v * teacher_scale);
+      const C teacher_exp = exp_negative((teacher[c] - top.teacher) * teacher_scale);
       student_exps[c] = student_exp;
       teacher_exps[c] = teacher_exp;
       student_part += student_exp;
       teacher_part += teacher_exp;
-      gap_part += student_exp * ((u - ratio * v) * gap_share);
+      gap_part += student_exp * ((u - ratio * (teacher[c] - top.beside)) * gap_share);
     }
     student_sum += student_part;
     teacher_sum += teacher_part;
@@ -103,18 +125,19 @@ VLFAST_INLINE RowResult<C> solve(Row<C> row, std::int64_t classes, Coefficients<
     return {nan, nan};
   }
 
-  const C mean_gap = gap_sum * (static_cast<C>(classes) / student_sum);
+  const C mean_gap = gap_sum / student_sum;
   const C log_ratio = std::log(teacher_sum / student_sum);
   const C to_q = 1 / student_sum, to_p = 1 / teacher_sum;
   const C forward_weight = by.forward_weight, reverse_weight = by.reverse_weight;
+  const C reverse_gradient = reverse_weight * static_cast<C>(classes);
   C forward = 0, reverse = 0, of_scale = 0;
   for (std::int64_t begin = 0; begin < classes; begin += kBlock) {
     const std::int64_t end = std::min(begin + kBlock, classes);
     C forward_part = 0, reverse_part = 0, of_scale_part = 0;
 #pragma omp simd reduction(+ : forward_part, reverse_part, of_scale_part)
     for (std::int64_t c = begin; c < end; ++c) {
-      const C u = student[c] - student_top;
-      const C v = teacher[c] - teacher_top;
+      const C u = student[c] - top.student;
+      const C v = teacher[c] - top.teacher;
       const C gap = (u - ratio * v) * student_scale;
       const C q = student_exps[c] * to_q;
       const C p = teacher_exps[c] * to_p;
@@ -122,8 +145,9 @@ VLFAST_INLINE RowResult<C> solve(Row<C> row, std::int64_t classes, Coefficients<
       forward_part += terms.forward;
       reverse_part += terms.reverse;
       if (kGradient) {
+        const C from_top = (u - ratio * (teacher[c] - top.beside)) * gap_share;
         const C gradient =
-            forward_weight * terms.difference + reverse_weight * (q * (gap - mean_gap));
+            forward_weight * terms.difference + reverse_gradient * (q * (from_top - mean_gap));
         gradients[c] = gradient * student_scale;
         of_scale_part += gradient * u;
       }

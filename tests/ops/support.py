@@ -13,12 +13,12 @@ def normal(*shape, seed=0, scale=1.0, dtype=torch.float64):
     return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
 
 
-def gradients(outputs, inputs, seed=9):
-    """Gradients under an upstream gradient that differs from row to row. Keeps the graph."""
+def gradients(outputs, inputs, seed=9, keep_graph=True):
+    """Gradients under an upstream gradient that differs from row to row."""
     upstream = [
         normal(*x.shape, seed=seed + i, dtype=x.dtype).to(x.device) for i, x in enumerate(outputs)
     ]
-    return torch.autograd.grad(outputs, inputs, upstream, retain_graph=True)
+    return torch.autograd.grad(outputs, inputs, upstream, retain_graph=keep_graph)
 
 
 def assert_close(actual, expected, tolerance):

@@ -27,6 +27,16 @@ def test_the_reference_can_be_asked_for():
     torch.testing.assert_close(loss, symmetric_kl_loss(student, teacher))
 
 
+def test_requests_for_the_reference_may_overlap():
+    first, second = backends.reference_only(), backends.reference_only()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert backends.reference_must_serve()
+    second.__exit__(None, None, None)
+    assert not backends.reference_must_serve()
+
+
 @pytest.mark.parametrize(
     ("capability", "archs", "runs"),
     [

@@ -565,6 +565,24 @@ class TestWhatTheMethodPromises:
         if dtype != F64:
             assert all(after[1].isnan().all() for after in bad)
 
+    @both
+    @pytest.mark.parametrize("top_k", [3, 70])
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    @pytest.mark.parametrize("where", ["embedding", "inverse_norms"])
+    def test_bad_values_of_a_word_reach_all_rows(self, where, value, top_k, dtype):
+        prompts, hidden, embedding = problem(20, 97, 8, dtype)
+        norms = reference.inverse_norm(embedding)
+        if where == "embedding":
+            embedding[11, 3] = value
+        else:
+            norms[11] = value
+        options = dict(top_k=top_k, inverse_norms=norms)
+        for terms in (plpp_terms, reference.perplexity_terms):
+            assert all(x.isnan().all() for x in terms(prompts, hidden, embedding, **options))
+            counted = torch.arange(97) != 11
+            results = terms(prompts, hidden, embedding, vocabulary=counted, **options)
+            assert all(x.isfinite().all() for x in results)
+
     def test_bad_words_end_nothing(self):
         prompts, hidden, embedding = problem(20, 500, dtype=F32)
         for value in (float("nan"), float("inf"), -float("inf"), 1e38):
@@ -669,7 +687,8 @@ class TestInPyTorch:
         compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(prompts, hidden)
         assert_close(compiled, eager, 1e-6)
         inputs = (prompts, hidden)
-        for a, e in zip(gradients([compiled], inputs), gradients([eager], inputs), strict=True):
+        traced = gradients([compiled], inputs, keep_graph=False)
+        for a, e in zip(traced, gradients([eager], inputs), strict=True):
             assert_close(a, e, 1e-5)
 
     def test_inductor(self):
@@ -678,7 +697,8 @@ class TestInPyTorch:
         compiled = torch.compile(plpp_loss, fullgraph=True)(*arguments)
         assert_close(compiled, eager, 1e-6)
         inputs = arguments[:2]
-        for a, e in zip(gradients([compiled], inputs), gradients([eager], inputs), strict=True):
+        traced = gradients([compiled], inputs, keep_graph=False)
+        for a, e in zip(traced, gradients([eager], inputs), strict=True):
             assert_close(a, e, 1e-5)
 
     def test_shapes_without_data(self):

@@ -98,6 +98,28 @@ class TestAccuracy:
             assert actual.isfinite().all()
             assert_close(actual, expected, 1e-6)
 
+    @pytest.mark.parametrize("shape", [(1, 3), (3, 10), (8, 100)], ids=str)
+    def test_sides_that_are_sure_of_different_classes(self, shape):
+        for seed in range(20):
+            student, teacher = (
+                normal(*shape, seed=seed + i, dtype=F32).clamp(-1, 1) for i in (0, 1)
+            )
+            scale = torch.tensor(100.0)
+            ours = loss_and_gradients(student, teacher, scale, teacher_scale=100.0)
+            truth = exact(student, teacher, scale, teacher_scale=100.0)
+            for actual, expected in zip(ours[:2], truth[:2], strict=True):
+                torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
+
+    def test_a_sure_student_gets_no_noise_for_a_gradient(self):
+        student = torch.tensor([[1e4, 0.0, 0.0]])
+        teacher = torch.tensor([[0.0, 7e3, 3.0]])
+        weights = {"forward_weight": 0.0, "reverse_weight": 1.0}
+        _, gradient, _ = loss_and_gradients(student, teacher, torch.tensor(1.0), **weights)
+        assert (gradient == 0).all()
+        leaf = (student * 1e26).requires_grad_()
+        (gradient,) = torch.autograd.grad(symmetric_kl_loss(leaf, teacher * 1e26), leaf)
+        torch.testing.assert_close(gradient, torch.tensor([[0.5, -0.5, 0.0]]))
+
     def test_masked_with_the_lowest_number(self):
         student, teacher = (x.float() for x in pair(4, 40, 1.0))
         lowest = torch.finfo(F32).min
@@ -185,6 +207,50 @@ class TestAutograd:
         (again,) = torch.autograd.grad(loss, student)
         assert torch.equal(again, first)
 
+    def test_what_is_done_to_a_gradient_changes_no_later_one(self):
+        student, teacher = pair(5, 12, dtype=F32)
+        student.requires_grad_()
+        loss = symmetric_kl_loss(student, teacher)
+        (first,) = torch.autograd.grad(loss, student, retain_graph=True)
+        expected = first.clone()
+        first.mul_(2)
+        assert torch.equal(torch.autograd.grad(loss, student)[0], expected)
+
+    def test_many_upstreams_at_once(self):
+        student, teacher = pair(5, 12, dtype=F32)
+        student.requires_grad_()
+        upstreams = torch.tensor([1.0, 2.0, -3.0])
+        loss = symmetric_kl_loss(student, teacher)
+        (batched,) = torch.autograd.grad(
+            loss, student, upstreams, is_grads_batched=True, retain_graph=True
+        )
+        (alone,) = torch.autograd.grad(loss, student)
+        torch.testing.assert_close(batched, upstreams[:, None, None] * alone)
+
+    def test_forward_mode(self):
+        student, teacher = pair(5, 12)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(student, torch.ones_like(student).tril())
+            loss = symmetric_kl_loss(dual, teacher)
+            tangent = torch.autograd.forward_ad.unpack_dual(loss).tangent
+        leaf = student.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(symmetric_kl_loss(leaf, teacher), leaf)
+        torch.testing.assert_close(tangent, gradient.tril().sum())
+
+    def test_the_raw_op_is_differentiable(self):
+        student, teacher = pair(5, 12, dtype=F32)
+        student.requires_grad_()
+        scale = torch.tensor(3.0, requires_grad=True)
+        arguments = (student, teacher, scale, None, None, 2.0, 1.0, 0.5, 0.5, True)
+        losses = torch.ops.vlfast.symmetric_kl(*arguments)[0]
+        expected = symmetric_kl_loss(student, teacher, student_scale=scale * 2, reduction="none")
+        for actual, its in zip(
+            gradients([losses], [student, scale]),
+            gradients([expected], [student, scale]),
+            strict=True,
+        ):
+            torch.testing.assert_close(actual, its)
+
     def test_no_gradient_is_computed_where_none_is_wanted(self):
         student, teacher = pair(5, 12, dtype=F32)
         wanted = symmetric_kl_loss(student.clone().requires_grad_(), teacher)
@@ -242,6 +308,14 @@ class TestInputs:
         results = loss_and_gradients(*strided, scale), loss_and_gradients(student, teacher, scale)
         assert all(map(torch.equal, *results))
 
+    def test_lazily_negated_and_zero_tensors(self):
+        student, teacher = pair(4, 9, dtype=F32)
+        expected = symmetric_kl_loss(-student, teacher)
+        torch.testing.assert_close(symmetric_kl_loss(torch._neg_view(student), teacher), expected)
+        zeros = torch._efficientzerotensor((4, 9))
+        expected = symmetric_kl_loss(torch.zeros(4, 9), teacher)
+        torch.testing.assert_close(symmetric_kl_loss(zeros, teacher), expected)
+
     def test_inputs_are_not_written(self):
         student, teacher = pair(8, 24, dtype=F32)
         copies = student.clone(), teacher.clone()
@@ -289,6 +363,15 @@ class TestInputs:
                 "teacher_scale.detach()",
             ),
             ({"temperature": -1.0}, ValueError, "temperature: expected a finite number > 0"),
+            ({"temperature": 1e-40}, ValueError, "temperature: expected a finite number > 0"),
+            (
+                {"temperature": torch.tensor(1.0, device="meta")},
+                ValueError,
+                "temperature: expected device cpu",
+            ),
+            ({"student_scale": 10**400}, ValueError, "student_scale: expected a finite number"),
+            ({"student": torch.ones(3, 4).to_sparse()}, TypeError, "student: expected a floating"),
+            ({"reduction": ["mean"]}, ValueError, "reduction: expected one of none"),
             ({"forward_weight": -1.0}, ValueError, "forward_weight: expected a finite number >= 0"),
             ({"reverse_weight": None}, TypeError, "reverse_weight: expected a finite number >= 0"),
             ({"reduction": "average"}, ValueError, "reduction: expected one of none, sum"),

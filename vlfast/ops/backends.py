@@ -40,7 +40,8 @@ KERNELS = {
 }
 OPS = ("perplexity", "symmetric_kl", "gated_mixture")
 
-_reference_only = os.environ.get("VLFAST_REFERENCE", "0") not in ("", "0")
+# How many times it is asked for: by the environment, and by every reference_only() under way.
+_asked_for_reference = int(os.environ.get("VLFAST_REFERENCE", "0") not in ("", "0"))
 
 
 class BackendRow(NamedTuple):
@@ -56,29 +57,20 @@ class BackendRow(NamedTuple):
 def reference_only() -> Iterator[None]:
     """Within it every op is served by the reference, in all threads; VLFAST_REFERENCE=1 does so
     for a whole process. The reference is differentiable any number of times."""
-    global _reference_only
-    before, _reference_only = _reference_only, True
+    global _asked_for_reference
+    _asked_for_reference += 1
     try:
         yield
     finally:
-        _reference_only = before
+        _asked_for_reference -= 1
 
 
 def reference_must_serve() -> bool:
-    """Whether it is asked for, or a functorch transform is at work, which needs its autograd."""
-    return _reference_only or torch._C._are_functorch_transforms_active()
-
-
-def dispatcher_sees(tensor: Tensor) -> bool:
-    """Whether an op on this tensor must be called by way of PyTorch's dispatcher.
-
-    In plain eager code it may be called directly, which saves 10 us a step; a graph being traced, a
-    dispatch mode or a tensor subclass must see the op.
-    """
+    """Whether it is asked for, or its autograd is needed: by functorch, or forward-mode AD."""
     return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or type(tensor) not in (Tensor, torch.nn.Parameter)
+        _asked_for_reference > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
     )
 
 
@@ -107,8 +99,8 @@ def why_no_kernel(op: str, device_type: str, index: int | None = None) -> str | 
     if missing := _extension.why_no_kernels(device_type):
         return missing
     if device_type == "cuda":
-        archs = _extension.extension().build_config()["cuda_archs"]
-        return why_not_compiled_for(torch.cuda.get_device_capability(index), archs)
+        capability = torch.cuda.get_device_capability(index)
+        return why_not_compiled_for(capability, _extension.cuda_archs())
     return None
 
 
@@ -159,7 +151,7 @@ def backend_report() -> list[BackendRow]:
 def _backend_and_reason(op: str, device: str) -> tuple[str, str]:
     if device == "cuda" and not torch.cuda.is_available():
         return "-", "no CUDA device here"
-    if _reference_only:
+    if _asked_for_reference:
         return "reference", "VLFAST_REFERENCE=1 or reference_only() asks for it"
     reason = why_no_kernel(op, device)
     if reason:

@@ -6,7 +6,6 @@ values inside a tensor on a GPU are not read, which would stall it: VLFAST_CHECK
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from numbers import Real
@@ -14,6 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .kernel_calls import dispatcher_sees
+
+# Beyond these a number is zero or infinite in fp32.
+SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 def checking_values() -> bool:
@@ -28,7 +32,7 @@ def values_readable(tensor: Tensor) -> bool:
 
     What is being traced, or transformed by functorch, may have no values to read.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if dispatcher_sees(tensor) or torch._C._are_functorch_transforms_active() or tensor.is_meta:
         return False
     return tensor.is_cpu or checking_values()
 
@@ -36,13 +40,16 @@ def values_readable(tensor: Tensor) -> bool:
 def describe(value: Any) -> str:
     """What came, for an error message: dtype, shape and device of a tensor, else type and value."""
     if isinstance(value, Tensor):
-        return f"{value.dtype} {list(value.shape)} on {value.device}"
+        layout = "" if value.layout is torch.strided else f", {value.layout}"
+        return f"{value.dtype} {list(value.shape)} on {value.device}{layout}"
     return f"{type(value).__name__} {value!r}"
 
 
 def check_floating(name: str, value: Any, shape: Sequence[str]) -> None:
     """A floating tensor with one dimension for each name in ``shape``, as in ("M", "d")."""
-    right_type = isinstance(value, Tensor) and value.is_floating_point()
+    right_type = (
+        isinstance(value, Tensor) and value.is_floating_point() and value.layout is torch.strided
+    )
     if not right_type or value.dim() != len(shape):
         error = ValueError if right_type else TypeError
         raise error(
@@ -95,11 +102,11 @@ def check_not_empty(name: str, tensor: Tensor) -> None:
 
 
 def check_positive(name: str, value: Any) -> None:
-    """A scale or a temperature: finite and > 0, a number or a floating 0-d tensor.
+    """A scale or a temperature: finite and > 0 in fp32, a number or a floating 0-d tensor.
 
     The value of a tensor is read only under VLFAST_CHECK=1.
     """
-    _check_scalar(name, value, "a finite number > 0", zero_allowed=False)
+    _check_scalar(name, value, "a finite number > 0", SMALLEST)
 
 
 def check_weight(name: str, value: Any) -> None:
@@ -107,25 +114,24 @@ def check_weight(name: str, value: Any) -> None:
 
     The value of a tensor is read only under VLFAST_CHECK=1.
     """
-    _check_scalar(name, value, "a finite number >= 0", zero_allowed=True)
+    _check_scalar(name, value, "a finite number >= 0", 0.0)
 
 
-def _check_scalar(name: str, value: Any, expected: str, *, zero_allowed: bool) -> None:
+def _check_scalar(name: str, value: Any, expected: str, smallest: float) -> None:
     number = value
     if isinstance(value, Tensor):
         if not value.is_floating_point():
             raise TypeError(_scalar_message(name, expected, describe(value)))
         if value.dim() != 0:
             raise ValueError(_scalar_message(name, expected, describe(value)))
-        if not checking_values():
+        if not checking_values() or not values_readable(value):
             return
         number = float(value.detach())
     elif type(value) not in (float, int) and (
         isinstance(value, bool) or not isinstance(value, Real)
     ):
         raise TypeError(_scalar_message(name, expected, describe(value)))
-    in_range = number >= 0 if zero_allowed else number > 0
-    if not (in_range and number < math.inf):
+    if not smallest <= number <= LARGEST:
         raise ValueError(_scalar_message(name, expected, str(number)))
 
 
@@ -169,5 +175,5 @@ def check_in_range(name: str, tensor: Tensor, limit: int) -> None:
 
 def check_reduction(value: Any, allowed: Sequence[str]) -> None:
     """One of the reductions that the op offers."""
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"reduction: expected one of {', '.join(allowed)}, got {value!r}")

@@ -5,15 +5,15 @@ Method: MoPD, arXiv 2412.19087.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._extension import extension
 from . import checks, reference
-from .backends import dispatcher_sees, kernel_serves
-from .symmetric_kl import DTYPES, tensor_and_factor
+from .backends import kernel_serves
+from .kernel_calls import DTYPES, dispatcher_sees, refuse_second_derivative, tensor_and_factor
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -97,7 +97,7 @@ def gated_mixture_loss(
             top_k,
         )
         if (gate.requires_grad or student_logits.requires_grad) and torch.is_grad_enabled():
-            distillation, selection = GatedMixture.apply(*arguments)
+            distillation, selection = GatedMixture.apply(*arguments, True)
         else:
             distillation, selection = run_kernel(*arguments, False)[:2]
     else:
@@ -186,75 +186,80 @@ class GatedMixture(torch.autograd.Function):
     """The op and its gradients, which the forward has already computed for an upstream of 1."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        image_features: Tensor,
-        gate: Tensor,
-        hard_text_features: Tensor,
-        student_logits: Tensor,
-        labels: Tensor,
-        logit_scale: Tensor | None,
-        temperature: Tensor | None,
-        logit_scale_factor: float,
-        temperature_factor: float,
-        top_k: int,
-    ) -> tuple[Tensor, Tensor]:
-        distillation, selection, *of_rows = run_kernel(
-            image_features,
-            gate,
-            hard_text_features,
-            student_logits,
-            labels,
-            logit_scale,
-            temperature,
-            logit_scale_factor,
-            temperature_factor,
-            top_k,
-            True,
-        )
-        ctx.save_for_backward(image_features, *of_rows)
-        ctx.gate_dtype, ctx.student_dtype = gate.dtype, student_logits.dtype
-        # Without zeros in its place, a loss that is not used adds nothing, even where it is NaN.
-        ctx.set_materialize_grads(False)
-        return distillation, selection
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        results = run_kernel(*arguments)
+        remember_gradients(ctx, arguments, results)
+        return results[:2]
 
     @staticmethod
     def backward(
-        ctx: Any, of_distillation: Tensor | None, of_selection: Tensor | None
+        ctx: Any, of_distillation: Tensor | None, of_selection: Tensor | None, *_: Any
     ) -> tuple[Tensor | None, ...]:
-        # once_differentiable would be silent here: the saved gradients carry no graph of their own.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "gated_mixture_loss: create_graph=True needs the reference; compute the losses "
-                "under vlfast.ops.backends.reference_only()"
-            )
+        refuse_second_derivative("gated_mixture_loss")
         image_features, to_student, distillation_to_scores, selection_to_scores = ctx.saved_tensors
         for_gate = for_student = None
-        if ctx.needs_input_grad[1]:
-            shares = [
-                to_scores * upstream[:, None]
-                for to_scores, upstream in (
-                    (distillation_to_scores, of_distillation),
-                    (selection_to_scores, of_selection),
-                )
-                if upstream is not None
-            ]
+        shares = [
+            to_scores * upstream[:, None]
+            for to_scores, upstream in (
+                (distillation_to_scores, of_distillation),
+                (selection_to_scores, of_selection),
+            )
+            if upstream is not None
+        ]
+        if ctx.needs_input_grad[1] and shares:
             for_scores = shares[0] if len(shares) == 1 else shares[0] + shares[1]
-            # In this order the product is three times as fast on a CPU.
             with reference.without_autocast(for_scores):
+                # In this order the product is three times as fast on a CPU.
                 transposed = for_scores.T @ image_features.to(for_scores.dtype)
             for_gate = transposed.T.contiguous().to(ctx.gate_dtype)
         if ctx.needs_input_grad[3] and of_distillation is not None:
             for_student = (to_student * of_distillation[:, None]).to(ctx.student_dtype)
-        return None, for_gate, None, for_student, *[None] * 6
+        return None, for_gate, None, for_student, *[None] * 7
 
 
-def run_kernel(image_features: Tensor, *others: Any) -> tuple[Tensor, ...]:
+def remember_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    problem = Problem(*inputs)
+    ctx.save_for_backward(problem.image_features, *output[2:])
+    ctx.gate_dtype, ctx.student_dtype = problem.gate.dtype, problem.student_logits.dtype
+    # Without zeros in its place, a loss that is not used adds nothing, even where it is NaN.
+    ctx.set_materialize_grads(False)
+
+
+def run_kernel(*arguments: Any) -> tuple[Tensor, ...]:
     """The op, by the shortest way there is."""
-    if dispatcher_sees(image_features):
-        return torch.ops.vlfast.gated_mixture(image_features, *others)
-    kernel = gated_mixture_cpu if image_features.is_cpu else gated_mixture_cuda
-    return kernel(image_features, *others)
+    problem = Problem(*arguments)
+    if dispatcher_sees(*problem[:5]):
+        return torch.ops.vlfast.gated_mixture(*arguments)
+    return (gated_mixture_cpu if problem.gate.is_cpu else gated_mixture_cuda)(*arguments)
+
+
+class Problem(NamedTuple):
+    """The arguments of the op, in their order."""
+
+    image_features: Tensor
+    gate: Tensor
+    hard_text_features: Tensor
+    student_logits: Tensor
+    labels: Tensor
+    logit_scale: Tensor | None
+    temperature: Tensor | None
+    logit_scale_factor: float
+    temperature_factor: float
+    top_k: int
+    with_gradient: bool
+
+    def empty_results(self) -> tuple[Tensor, ...]:
+        """Room for the losses and, or empty, the gradients of each row, in fp32.
+
+        A gradient in fp16 could underflow before a gradient scaler's factor reaches it.
+        """
+        images, classes = self.student_logits.shape
+        heads = self.gate.shape[1]
+        shapes = [(images,), (images,), (images, classes), (images, heads), (images, heads)]
+        if not self.with_gradient:
+            shapes[2:] = [(0, 0)] * 3
+        new_empty = self.student_logits.new_empty
+        return tuple(new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
 LIBRARY = torch.library.Library("vlfast", "FRAGMENT")
@@ -268,67 +273,48 @@ LIBRARY.define(
 )
 
 
-def gated_mixture_cpu(
-    image_features: Tensor,
-    gate: Tensor,
-    hard_text_features: Tensor,
-    student_logits: Tensor,
-    labels: Tensor,
-    logit_scale: Tensor | None,
-    temperature: Tensor | None,
-    logit_scale_factor: float,
-    temperature_factor: float,
-    top_k: int,
-    with_gradient: bool,
-) -> tuple[Tensor, ...]:
-    results = empty_results(gate, student_logits, with_gradient)
+def gated_mixture_cpu(*arguments: Any) -> tuple[Tensor, ...]:
+    problem = Problem(*arguments)
+    logit_scale, temperature = problem.logit_scale_factor, problem.temperature_factor
+    if problem.logit_scale is not None:
+        logit_scale *= problem.logit_scale.item()
+    if problem.temperature is not None:
+        temperature *= problem.temperature.item()
     image_features, gate, student_logits = (
-        x.to(torch.float32).contiguous() for x in (image_features, gate, student_logits)
+        x.to(torch.float32).contiguous()
+        for x in (problem.image_features, problem.gate, problem.student_logits)
     )
-    hard_text_features, labels = hard_text_features.contiguous(), labels.contiguous()
+    hard_text_features = problem.hard_text_features.contiguous()
+    labels = problem.labels.contiguous()
+    results = problem.empty_results()
     extension().gated_mixture_cpu(
         DTYPES[hard_text_features.dtype],
         *image_features.shape,
         *hard_text_features.shape[:2],
-        top_k,
+        problem.top_k,
         image_features.data_ptr(),
         gate.data_ptr(),
         hard_text_features.data_ptr(),
         student_logits.data_ptr(),
         labels.data_ptr(),
-        logit_scale_factor if logit_scale is None else logit_scale_factor * logit_scale.item(),
-        temperature_factor if temperature is None else temperature_factor * temperature.item(),
+        logit_scale,
+        temperature,
         *(result.data_ptr() for result in results),
         torch.get_num_threads(),
     )
     return results
 
 
-def gated_mixture_cuda(
-    image_features: Tensor,
-    gate: Tensor,
-    hard_text_features: Tensor,
-    student_logits: Tensor,
-    labels: Tensor,
-    logit_scale: Tensor | None,
-    temperature: Tensor | None,
-    logit_scale_factor: float,
-    temperature_factor: float,
-    top_k: int,
-    with_gradient: bool,
-) -> tuple[Tensor, ...]:
+def gated_mixture_cuda(*arguments: Any) -> tuple[Tensor, ...]:
     from .triton.gated_mixture import gated_mixture
 
+    problem = Problem(*arguments)
     return gated_mixture(
-        image_features,
-        gate,
-        hard_text_features,
-        student_logits,
-        labels,
-        number_on_gpu(logit_scale, logit_scale_factor),
-        number_on_gpu(temperature, temperature_factor),
-        top_k,
-        with_gradient,
+        *problem[:5],
+        number_on_gpu(problem.logit_scale, problem.logit_scale_factor),
+        number_on_gpu(problem.temperature, problem.temperature_factor),
+        problem.top_k,
+        problem.with_gradient,
     )
 
 
@@ -339,40 +325,13 @@ def number_on_gpu(number: Tensor | None, factor: float) -> Tensor | float:
     return number if factor == 1 else number * factor
 
 
-def gated_mixture_fake(
-    image_features: Tensor,
-    gate: Tensor,
-    hard_text_features: Tensor,
-    student_logits: Tensor,
-    labels: Tensor,
-    logit_scale: Tensor | None,
-    temperature: Tensor | None,
-    logit_scale_factor: float,
-    temperature_factor: float,
-    top_k: int,
-    with_gradient: bool,
-) -> tuple[Tensor, ...]:
-    return empty_results(gate, student_logits, with_gradient)
-
-
-def empty_results(gate: Tensor, student_logits: Tensor, with_gradient: bool) -> tuple[Tensor, ...]:
-    """Room for the losses and, or empty, the gradients of each row, in fp32.
-
-    A gradient in fp16 could underflow before a gradient scaler's factor reaches it.
-    """
-    images, classes = student_logits.shape
-    heads = gate.shape[1]
-    shapes = ((images, classes), (images, heads), (images, heads))
-    return tuple(
-        student_logits.new_empty(shape, dtype=torch.float32)
-        for shape in (
-            (images,),
-            (images,),
-            *(shape if with_gradient else (0, 0) for shape in shapes),
-        )
-    )
+def gated_mixture_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    return Problem(*arguments).empty_results()
 
 
 LIBRARY.impl("gated_mixture", gated_mixture_cpu, "CPU")
 LIBRARY.impl("gated_mixture", gated_mixture_cuda, "CUDA")
 torch.library.register_fake("vlfast::gated_mixture", gated_mixture_fake, lib=LIBRARY)
+torch.library.register_autograd(
+    "vlfast::gated_mixture", GatedMixture.backward, setup_context=remember_gradients, lib=LIBRARY
+)

@@ -5,8 +5,7 @@ Method: PLPP, arXiv 2412.15277.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,10 +13,16 @@ from torch import Tensor
 from .._extension import extension
 from . import checks, reference
 from .backends import kernel_serves, reference_must_serve
+from .kernel_calls import (
+    DTYPES,
+    addresses,
+    dispatcher_sees,
+    number_for_gpu,
+    refuse_second_derivative,
+    tensor_and_factor,
+)
 
 REDUCTIONS = ("none", "mean", "sum")
-# The dtypes of embeddings that the kernels read, as csrc/include/vlfast/dtype.h has them.
-DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 # Up to it the CPU kernel is at least 2.5 times as fast as plain PyTorch (at V = 49408, d = 512).
 # Above it the advantage wanes, and its candidates of many rows would take more than 100 MB. The
 # CUDA kernel has a lower limit of its own.
@@ -122,13 +127,15 @@ def plpp_terms(
             range, or embedding, inverse_norms or temperature requires grad.
 
     A zero row has cosine 0 with everything, and a zero prompt vector gets no gradient from the
-    cosines. A value that is not finite in prompts or hidden gives NaN in its own row alone. The
-    memory in use grows with M * d, not with M * V. The values of tensors on the GPU are not read
-    by the host.
+    cosines. A value that is not finite in prompts or hidden gives NaN in its own row alone; one in
+    the embedding or its norms, of a word that counts, gives NaN in every row. The memory in use
+    grows with M * (d + top_k), not with M * V. The values of tensors on the GPU are not read by the
+    host.
 
     The gradients are computed along with the terms, in one read of the embedding. fp64, a
     ``top_k`` above KERNEL_TOP_K and other devices than CPU and CUDA are served by plain PyTorch,
-    64 rows at a time, and functorch transforms by the reference. For second derivatives compute
+    64 rows at a time, and functorch transforms and forward-mode differentiation by the reference,
+    which holds M * V. For second derivatives compute
     the loss under ``vlfast.ops.backends.reference_only()``; without it, create_graph=True raises
     RuntimeError.
 
@@ -153,15 +160,13 @@ def plpp_terms(
             vocabulary,
             inverse_norms,
         )
-    is_tensor = isinstance(temperature, Tensor)
     arguments = (
         prompts,
         hidden,
         embedding,
         vocabulary,
         inverse_norms,
-        temperature if is_tensor else None,
-        1.0 if is_tensor else float(temperature),
+        *tensor_and_factor(temperature),
         top_k,
         detach_targets,
     )
@@ -170,7 +175,7 @@ def plpp_terms(
     )
     if prompts_learn or hidden_learn:
         return Perplexity.apply(*arguments, prompts_learn, hidden_learn)
-    return torch.ops.vlfast.perplexity(*arguments, False, False)[:2]
+    return run_kernel(*arguments, False, False)[:2]
 
 
 def check_arguments(
@@ -224,46 +229,16 @@ class Perplexity(torch.autograd.Function):
     """The op and its gradients, which the forward has already computed for upstreams of 1."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        prompts: Tensor,
-        hidden: Tensor,
-        embedding: Tensor,
-        vocabulary: Tensor | None,
-        inverse_norms: Tensor | None,
-        temperature: Tensor | None,
-        temperature_factor: float,
-        top_k: int,
-        detach_targets: bool,
-        prompts_gradient: bool,
-        hidden_gradient: bool,
-    ) -> tuple[Tensor, Tensor]:
-        perplexity, inverted, *gradients = torch.ops.vlfast.perplexity(
-            prompts,
-            hidden,
-            embedding,
-            vocabulary,
-            inverse_norms,
-            temperature,
-            temperature_factor,
-            top_k,
-            detach_targets,
-            prompts_gradient,
-            hidden_gradient,
-        )
-        ctx.save_for_backward(*gradients)
-        ctx.prompts_dtype, ctx.hidden_dtype = prompts.dtype, hidden.dtype
-        ctx.detach_targets = detach_targets
-        return perplexity, inverted
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        results = run_kernel(*arguments)
+        remember_gradients(ctx, arguments, results)
+        return results[:2]
 
     @staticmethod
-    def backward(ctx: Any, of_perplexity: Tensor, of_inverted: Tensor) -> tuple[Tensor | None, ...]:
-        # once_differentiable would be silent here: the saved gradients carry no graph of their own.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "plpp_loss: create_graph=True needs the reference; compute the loss under "
-                "vlfast.ops.backends.reference_only()"
-            )
+    def backward(
+        ctx: Any, of_perplexity: Tensor, of_inverted: Tensor, *_: Any
+    ) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("plpp_loss")
         (
             perplexity_to_hidden,
             inverted_to_prompts,
@@ -284,6 +259,77 @@ class Perplexity(torch.autograd.Function):
         return for_prompts, for_hidden, *[None] * 9
 
 
+def remember_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    problem = Problem(*inputs)
+    ctx.save_for_backward(*output[2:])
+    ctx.prompts_dtype, ctx.hidden_dtype = problem.prompts.dtype, problem.hidden.dtype
+    ctx.detach_targets = problem.detach_targets
+
+
+def run_kernel(*arguments: Any) -> tuple[Tensor, ...]:
+    """The op, by the shortest way there is."""
+    problem = Problem(*arguments)
+    device = problem.prompts.device.type
+    if device not in ("cpu", "cuda") or dispatcher_sees(*problem[:5]):
+        return torch.ops.vlfast.perplexity(*arguments)
+    return (perplexity_cpu if device == "cpu" else perplexity_cuda)(*arguments)
+
+
+class Problem(NamedTuple):
+    """The arguments of the op, in their order."""
+
+    prompts: Tensor
+    hidden: Tensor
+    embedding: Tensor
+    vocabulary: Tensor | None
+    inverse_norms: Tensor | None
+    temperature: Tensor | None
+    temperature_factor: float
+    top_k: int
+    detach_targets: bool
+    prompts_gradient: bool
+    hidden_gradient: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which it is computed."""
+        return reference.accumulation_dtype(self.prompts, self.hidden, self.embedding)
+
+    def can_be_served(self) -> bool:
+        """Whether there is a kernel for these dtypes and sizes, here."""
+        if self.dtype != torch.float32 or self.embedding.dtype not in DTYPES:
+            return False
+        if len(self.prompts) == 0 or self.top_k > KERNEL_TOP_K:
+            return False
+        return kernel_serves("perplexity", self.embedding)
+
+    def inputs(self) -> list[Tensor | None]:
+        """All contiguous, and all numbers but the embedding in fp32."""
+        return [
+            self.prompts.float().contiguous(),
+            self.hidden.float().contiguous(),
+            self.embedding.contiguous(),
+            None if self.vocabulary is None else self.vocabulary.contiguous(),
+            None if self.inverse_norms is None else self.inverse_norms.float().contiguous(),
+        ]
+
+    def empty_results(self) -> tuple[Tensor, ...]:
+        """Room for both terms and the four gradients, as the op returns them."""
+        wanted = (
+            self.hidden_gradient,
+            self.prompts_gradient,
+            self.prompts_gradient and not self.detach_targets,
+            self.hidden_gradient and not self.detach_targets,
+        )
+        rows, width = self.prompts.shape
+        terms = [self.prompts.new_empty(rows, dtype=self.dtype) for _ in range(2)]
+        gradients = [
+            self.prompts.new_empty((rows, width) if is_wanted else (0, 0), dtype=self.dtype)
+            for is_wanted in wanted
+        ]
+        return (*terms, *gradients)
+
+
 LIBRARY = torch.library.Library("vlfast", "FRAGMENT")
 LIBRARY.define(
     "perplexity(Tensor prompts, Tensor hidden, Tensor embedding, Tensor? vocabulary, "
@@ -298,211 +344,89 @@ LIBRARY.define(
 )
 
 
-def perplexity_cpu(
-    prompts: Tensor,
-    hidden: Tensor,
-    embedding: Tensor,
-    vocabulary: Tensor | None,
-    inverse_norms: Tensor | None,
-    temperature: Tensor | None,
-    temperature_factor: float,
-    top_k: int,
-    detach_targets: bool,
-    prompts_gradient: bool,
-    hidden_gradient: bool,
-) -> tuple[Tensor, ...]:
-    if not kernel_can_serve(prompts, hidden, embedding, top_k):
-        return perplexity_in_pytorch(
-            prompts,
-            hidden,
-            embedding,
-            vocabulary,
-            inverse_norms,
-            temperature,
-            temperature_factor,
-            top_k,
-            detach_targets,
-            prompts_gradient,
-            hidden_gradient,
-        )
-    inputs = as_the_kernels_take(prompts, hidden, embedding, vocabulary, inverse_norms)
-    results = empty_results(
-        prompts, torch.float32, detach_targets, prompts_gradient, hidden_gradient
-    )
+def perplexity_cpu(*arguments: Any) -> tuple[Tensor, ...]:
+    problem = Problem(*arguments)
+    if not problem.can_be_served():
+        return perplexity_in_pytorch(*arguments)
+    temperature = problem.temperature_factor
+    if problem.temperature is not None:
+        temperature *= problem.temperature.item()
+    # The addresses hold only as long as these do.
+    inputs, results = problem.inputs(), problem.empty_results()
     extension().perplexity_cpu(
-        DTYPES[embedding.dtype],
-        len(prompts),
-        *embedding.shape,
-        top_k,
+        DTYPES[problem.embedding.dtype],
+        len(problem.prompts),
+        *problem.embedding.shape,
+        problem.top_k,
         *addresses(inputs),
-        temperature_factor if temperature is None else temperature_factor * temperature.item(),
+        temperature,
         0,
-        detach_targets,
+        problem.detach_targets,
         *addresses(results),
         torch.get_num_threads(),
     )
     return results
 
 
-def perplexity_cuda(
-    prompts: Tensor,
-    hidden: Tensor,
-    embedding: Tensor,
-    vocabulary: Tensor | None,
-    inverse_norms: Tensor | None,
-    temperature: Tensor | None,
-    temperature_factor: float,
-    top_k: int,
-    detach_targets: bool,
-    prompts_gradient: bool,
-    hidden_gradient: bool,
-) -> tuple[Tensor, ...]:
-    device = prompts.device
-    if kernel_can_serve(prompts, hidden, embedding, top_k):
-        inputs = as_the_kernels_take(prompts, hidden, embedding, vocabulary, inverse_norms)
-        # The temperature stays on the GPU, where the kernel reads it.
-        scale = None if temperature is None else temperature.to(device, torch.float32)
-        results = empty_results(
-            prompts, torch.float32, detach_targets, prompts_gradient, hidden_gradient
-        )
-        problem = (
-            DTYPES[embedding.dtype],
-            len(prompts),
-            *embedding.shape,
-            top_k,
-            *addresses(inputs),
-            temperature_factor,
-            *addresses([scale]),
-            detach_targets,
-            *addresses(results),
-        )
-        with torch.cuda.device(device):
-            workspace_size = extension().perplexity_cuda_workspace(*problem)
-            if workspace_size:
-                workspace = torch.empty(workspace_size, dtype=torch.uint8, device=device)
-                stream = torch.cuda.current_stream(device).cuda_stream
-                extension().perplexity_cuda(*problem, workspace.data_ptr(), stream)
-                return results
-    return perplexity_in_pytorch(
-        prompts,
-        hidden,
-        embedding,
-        vocabulary,
-        inverse_norms,
-        temperature,
-        temperature_factor,
-        top_k,
-        detach_targets,
-        prompts_gradient,
-        hidden_gradient,
+def perplexity_cuda(*arguments: Any) -> tuple[Tensor, ...]:
+    problem = Problem(*arguments)
+    if not problem.can_be_served():
+        return perplexity_in_pytorch(*arguments)
+    device = problem.prompts.device
+    temperature, factor = number_for_gpu(
+        problem.temperature, problem.temperature_factor, torch.float32
     )
-
-
-def perplexity_fake(
-    prompts: Tensor,
-    hidden: Tensor,
-    embedding: Tensor,
-    vocabulary: Tensor | None,
-    inverse_norms: Tensor | None,
-    temperature: Tensor | None,
-    temperature_factor: float,
-    top_k: int,
-    detach_targets: bool,
-    prompts_gradient: bool,
-    hidden_gradient: bool,
-) -> tuple[Tensor, ...]:
-    dtype = reference.accumulation_dtype(prompts, hidden, embedding)
-    return empty_results(prompts, dtype, detach_targets, prompts_gradient, hidden_gradient)
-
-
-def kernel_can_serve(prompts: Tensor, hidden: Tensor, embedding: Tensor, top_k: int) -> bool:
-    """Whether there is a kernel for these dtypes and sizes, here."""
-    dtype = reference.accumulation_dtype(prompts, hidden, embedding)
-    if dtype != torch.float32 or embedding.dtype not in DTYPES:
-        return False
-    if len(prompts) == 0 or top_k > KERNEL_TOP_K:
-        return False
-    return kernel_serves("perplexity", embedding)
-
-
-def as_the_kernels_take(
-    prompts: Tensor,
-    hidden: Tensor,
-    embedding: Tensor,
-    vocabulary: Tensor | None,
-    inverse_norms: Tensor | None,
-) -> list[Tensor | None]:
-    """All contiguous, and all numbers but the embedding in fp32."""
-    return [
-        prompts.float().contiguous(),
-        hidden.float().contiguous(),
-        embedding.contiguous(),
-        None if vocabulary is None else vocabulary.contiguous(),
-        None if inverse_norms is None else inverse_norms.float().contiguous(),
-    ]
-
-
-def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    """The address of each tensor's data, 0 of what is missing or empty."""
-    return [0 if x is None or not x.numel() else x.data_ptr() for x in tensors]
-
-
-def empty_results(
-    prompts: Tensor,
-    dtype: torch.dtype,
-    detach_targets: bool,
-    prompts_gradient: bool,
-    hidden_gradient: bool,
-) -> tuple[Tensor, ...]:
-    """Room for both terms and the four gradients, as the op returns them."""
-    wanted = (
-        hidden_gradient,
-        prompts_gradient,
-        prompts_gradient and not detach_targets,
-        hidden_gradient and not detach_targets,
+    # The addresses hold only as long as these do.
+    inputs, results = problem.inputs(), problem.empty_results()
+    pointers = (
+        DTYPES[problem.embedding.dtype],
+        len(problem.prompts),
+        *problem.embedding.shape,
+        problem.top_k,
+        *addresses(inputs),
+        factor,
+        *addresses([temperature]),
+        problem.detach_targets,
+        *addresses(results),
     )
-    terms = [prompts.new_empty(len(prompts), dtype=dtype) for _ in range(2)]
-    gradients = [
-        prompts.new_empty(prompts.shape if is_wanted else (0, 0), dtype=dtype)
-        for is_wanted in wanted
-    ]
-    return (*terms, *gradients)
+    with torch.cuda.device(device):
+        size = extension().perplexity_cuda_workspace(*pointers)
+        if not size:
+            return perplexity_in_pytorch(*arguments)
+        workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        extension().perplexity_cuda(*pointers, workspace.data_ptr(), stream)
+    return results
+
+
+def perplexity_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    return Problem(*arguments).empty_results()
 
 
 @torch.no_grad()
-def perplexity_in_pytorch(
-    prompts: Tensor,
-    hidden: Tensor,
-    embedding: Tensor,
-    vocabulary: Tensor | None,
-    inverse_norms: Tensor | None,
-    temperature: Tensor | None,
-    temperature_factor: float,
-    top_k: int,
-    detach_targets: bool,
-    prompts_gradient: bool,
-    hidden_gradient: bool,
-) -> tuple[Tensor, ...]:
+def perplexity_in_pytorch(*arguments: Any) -> tuple[Tensor, ...]:
     """The op where no kernel serves: a few rows at a time, so that [M, V] is never held."""
-    dtype = reference.accumulation_dtype(prompts, hidden, embedding)
-    results = empty_results(prompts, dtype, detach_targets, prompts_gradient, hidden_gradient)
-    table = embedding.to(dtype)
-    scale = reference.inverse_norm(table) if inverse_norms is None else inverse_norms.to(dtype)
-    if temperature is None:
-        temperature = temperature_factor
+    problem = Problem(*arguments)
+    dtype, results = problem.dtype, problem.empty_results()
+    table = problem.embedding.to(dtype)
+    if problem.inverse_norms is None:
+        scale = reference.inverse_norm(table)
     else:
-        temperature = temperature.to(dtype) * temperature_factor
+        scale = problem.inverse_norms.to(dtype)
+    temperature = problem.temperature_factor
+    if problem.temperature is not None:
+        temperature = problem.temperature.to(dtype) * temperature
     with reference.without_autocast(table):
-        for start in range(0, len(prompts), ROWS_PER_CHUNK):
+        for start in range(0, len(problem.prompts), ROWS_PER_CHUNK):
             rows = slice(start, start + ROWS_PER_CHUNK)
             solve_rows(
-                prompts[rows].to(dtype),
-                hidden[rows].to(dtype),
+                problem.prompts[rows].to(dtype),
+                problem.hidden[rows].to(dtype),
                 table,
-                vocabulary,
+                problem.vocabulary,
                 scale,
                 temperature,
-                top_k,
+                problem.top_k,
                 [x[rows] if x.numel() else None for x in results],
             )
     return results
@@ -530,13 +454,18 @@ def solve_rows(
     units = reference.unit_rows(prompts)
     all_cosines = units @ table.T * scale
     all_logits = hidden @ table.T
-    if vocabulary is not None:
+    if vocabulary is None:
+        poisoned = reference.poison(all_cosines, all_logits)
+    else:
+        counting = (x.masked_fill(~vocabulary, 0) for x in (all_cosines, all_logits))
+        poisoned = reference.poison(*counting)
         all_cosines = all_cosines.masked_fill(~vocabulary, -torch.inf)
         all_logits = all_logits.masked_fill(~vocabulary, -torch.inf)
     words = reference.smallest_index_topk(all_cosines, top_k)
-    logits = all_logits.gather(1, words)
+    logits = all_logits.gather(1, words) + poisoned
     log_normaliser = all_logits.logsumexp(1, keepdim=True)
-    log_labels = (all_cosines.gather(1, words) / temperature).log_softmax(1)
+    cosines = all_cosines.gather(1, words) + poisoned
+    log_labels = (cosines / temperature).log_softmax(1)
     log_renormalised = logits.log_softmax(1)
     log_probabilities = logits - log_normaliser
     labels, renormalised = log_labels.exp(), log_renormalised.exp()
@@ -552,7 +481,7 @@ def solve_rows(
     for_inverted.copy_(inverted[:, 0])
 
     if perplexity_to_hidden is not None:
-        expected = (all_logits - log_normaliser).exp() @ table
+        expected = (all_logits - log_normaliser).exp() @ table + poisoned
         torch.sub(expected, weighted_embeddings(labels, words, table), out=perplexity_to_hidden)
     if inverted_to_hidden is not None:
         of_logits = -renormalised * (log_labels + inverted)
@@ -585,3 +514,6 @@ LIBRARY.impl("perplexity", perplexity_cpu, "CPU")
 LIBRARY.impl("perplexity", perplexity_cuda, "CUDA")
 LIBRARY.impl("perplexity", perplexity_in_pytorch, "CompositeExplicitAutograd")
 torch.library.register_fake("vlfast::perplexity", perplexity_fake, lib=LIBRARY)
+torch.library.register_autograd(
+    "vlfast::perplexity", Perplexity.backward, setup_context=remember_gradients, lib=LIBRARY
+)

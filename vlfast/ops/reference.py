@@ -31,8 +31,16 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager:
 
 
 def in_dtype(value: Tensor | float, dtype: torch.dtype) -> Tensor | float:
-    """A 0-d tensor in this dtype; a number as it is."""
-    return value.to(dtype) if isinstance(value, Tensor) else value
+    """A 0-d tensor in this dtype; a number as a float."""
+    return value.to(dtype) if isinstance(value, Tensor) else float(value)
+
+
+def poison(*scores: Tensor) -> Tensor:
+    """NaN for each row that has a score which is not finite, else 0: [M, 1]. Without gradient.
+
+    Among such scores no order is right, so that what is selected by them is no result.
+    """
+    return sum((0 * x.detach()).sum(1, keepdim=True) for x in scores)
 
 
 def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -162,13 +170,16 @@ def perplexity_terms(
     with without_autocast(embedding):
         cosines = unit_rows(prompts) @ embedding.T * scale
         logits = hidden @ embedding.T
-    if vocabulary is not None:
+    if vocabulary is None:
+        poisoned = poison(cosines, logits)
+    else:
+        poisoned = poison(*(x.masked_fill(~vocabulary, 0) for x in (cosines, logits)))
         cosines = cosines.masked_fill(~vocabulary, -torch.inf)
         logits = logits.masked_fill(~vocabulary, -torch.inf)
     words = smallest_index_topk(cosines.detach(), top_k)
     return perplexity_from_scores(
-        cosines.gather(1, words),
-        logits.gather(1, words),
+        cosines.gather(1, words) + poisoned,
+        logits.gather(1, words) + poisoned,
         logits.logsumexp(1),
         in_dtype(temperature, dtype),
         detach_targets,
@@ -200,7 +211,7 @@ def gated_mixture(
         gate_logits = image_features @ gate
         teachers = torch.einsum("bd,hcd->bhc", image_features, hard_text_features)
     selected = smallest_index_topk(gate_logits.detach(), top_k)
-    weights = gate_logits.gather(1, selected).softmax(1)
+    weights = (gate_logits.gather(1, selected) + poison(gate_logits)).softmax(1)
     classes = teachers.shape[2]
     teachers = teachers.gather(1, selected[:, :, None].expand(-1, -1, classes))
     teachers = teachers * in_dtype(logit_scale, dtype)

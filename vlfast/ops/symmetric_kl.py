@@ -12,12 +12,18 @@ from torch import Tensor
 
 from .._extension import extension
 from . import checks, reference
-from .backends import dispatcher_sees, kernel_serves
+from .backends import kernel_serves
+from .kernel_calls import (
+    DTYPES,
+    addresses,
+    dispatcher_sees,
+    number_for_gpu,
+    refuse_second_derivative,
+    tensor_and_factor,
+)
 
 Reduction = Literal["none", "sum", "batchmean", "mean"]
 REDUCTIONS = ("none", "sum", "batchmean", "mean")
-# As csrc/include/vlfast/dtype.h has them.
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 def symmetric_kl_loss(
@@ -58,14 +64,15 @@ def symmetric_kl_loss(
     computed in fp32; each gradient comes back in its input's dtype. A row with a value that is not
     finite gives NaN for itself alone. Scales on the GPU are not read by the host.
 
-    A temperature or a weight that is a tensor, other devices than CPU and CUDA, and functorch
-    transforms are served by plain PyTorch. For second derivatives compute the loss under
-    ``vlfast.ops.backends.reference_only()``; without it, create_graph=True raises RuntimeError.
+    A temperature or a weight that is a tensor (it then gets its gradient), other devices than CPU
+    and CUDA, functorch transforms and forward-mode differentiation are served by plain PyTorch.
+    For second derivatives compute the loss under ``vlfast.ops.backends.reference_only()``; without
+    it, create_graph=True raises RuntimeError.
 
     Raises:
         TypeError: an argument of another type or dtype.
-        ValueError: another shape, device or reduction, an empty input, a number out of range, or
-            a teacher, teacher_scale, temperature or weight that requires grad.
+        ValueError: another shape, device or reduction, an empty input, a number or (on the CPU) an
+            index out of range, or a teacher or teacher_scale that requires grad.
     """
     check_arguments(
         student,
@@ -110,9 +117,10 @@ def symmetric_kl_loss(
         reverse_weight * share,
     )
     learns = student.requires_grad or (student_scale is not None and student_scale.requires_grad)
-    if learns and torch.is_grad_enabled():
+    learns = learns and torch.is_grad_enabled()
+    if learns and not dispatcher_sees(student, teacher):
         return SymmetricKL.apply(*arguments, reduction != "none")
-    losses = run_kernel(*arguments, False)[0]
+    losses = run_kernel(*arguments, learns)[0]
     return losses if reduction == "none" else losses.sum()
 
 
@@ -150,6 +158,9 @@ def check_arguments(
         index=index,
         student_scale=student_scale,
         teacher_scale=teacher_scale,
+        temperature=temperature,
+        forward_weight=forward_weight,
+        reverse_weight=reverse_weight,
     )
     checks.check_reduction(reduction, REDUCTIONS)
 
@@ -163,13 +174,12 @@ def kernel_can_serve(student: Tensor, teacher: Tensor, *numbers: Tensor | float)
     return kernel_serves("symmetric_kl", student)
 
 
-def tensor_and_factor(scale: Tensor | float) -> tuple[Tensor | None, float]:
-    """A scale as a tensor, or nothing, and a number: their product is the scale."""
-    return (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
-
-
 class SymmetricKL(torch.autograd.Function):
-    """The op and its gradient, which the forward has already computed for an upstream of 1."""
+    """The op and its gradient, which the forward has already computed for an upstream of 1.
+
+    The first backward scales it where it lies and hands it out, which spares a matrix; a later one
+    through a retained graph computes it again.
+    """
 
     @staticmethod
     def forward(
@@ -185,61 +195,57 @@ class SymmetricKL(torch.autograd.Function):
         reverse_weight: float,
         reduce: bool,
     ) -> Tensor:
-        losses, gradient, gradient_of_scale = run_kernel(
-            student,
-            teacher,
-            student_scale,
-            teacher_scale,
-            index,
-            student_factor,
-            teacher_factor,
-            forward_weight,
-            reverse_weight,
-            True,
-        )
-        if student_scale is not None and student_scale.requires_grad:
-            ctx.save_for_backward(gradient, gradient_of_scale)
-            ctx.student_factor = student_factor
-            ctx.scale_device, ctx.scale_dtype = student_scale.device, student_scale.dtype
-        else:
-            ctx.save_for_backward(gradient)
+        tensors = (student, teacher, student_scale, teacher_scale, index)
+        numbers = (student_factor, teacher_factor, forward_weight, reverse_weight, True)
+        losses, *ctx.gradients = run_kernel(*tensors, *numbers)
+        ctx.save_for_backward(*tensors)
+        ctx.numbers = numbers
         ctx.student_dtype = student.dtype
         return losses.sum() if reduce else losses
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        # once_differentiable would be silent here: the saved gradient carries no graph of its own.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "symmetric_kl_loss: create_graph=True needs the reference; compute the loss under "
-                "vlfast.ops.backends.reference_only()"
-            )
-        gradient, *of_scale = ctx.saved_tensors
+        refuse_second_derivative("symmetric_kl_loss")
         for_student = for_scale = None
-        if ctx.needs_input_grad[0]:
-            if not is_one(upstream):
-                gradient = gradient * upstream.unsqueeze(-1)
-            for_student = gradient
-            if gradient.dtype != ctx.student_dtype:
-                for_student = gradient.to(ctx.student_dtype)
+        if ctx.gradients is None:
+            _, *ctx.gradients = run_kernel(*ctx.saved_tensors, *ctx.numbers)
+        gradient, gradient_of_scale = ctx.gradients
         if ctx.needs_input_grad[2]:
-            for_scale = (of_scale[0] * upstream).sum() * ctx.student_factor
-            for_scale = for_scale.to(ctx.scale_device, ctx.scale_dtype)
+            for_scale = gradient_to_scale(gradient_of_scale * upstream, ctx.saved_tensors[2])
+            for_scale = for_scale * ctx.numbers[0]
+        if ctx.needs_input_grad[0]:
+            factor = upstream[:, None] if upstream.dim() else upstream
+            if is_batched(upstream):
+                for_student = gradient * factor
+            else:
+                for_student = gradient if is_one(upstream) else gradient.mul_(factor)
+                ctx.gradients = None
+            if for_student.dtype != ctx.student_dtype:
+                for_student = for_student.to(ctx.student_dtype)
         return for_student, None, for_scale, *[None] * 7
 
 
+def is_batched(upstream: Tensor) -> bool:
+    """Whether it stands for many upstreams, as autograd.grad(is_grads_batched=True) makes it."""
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(upstream) or functorch.is_batchedtensor(upstream)
+
+
 def is_one(upstream: Tensor) -> bool:
-    """Whether this is a 1 that may be looked at: on the CPU, and in no graph being traced."""
-    if upstream.dim() or not upstream.is_cpu or torch.compiler.is_compiling():
-        return False
-    return upstream.item() == 1
+    """Whether this is a 1 that can be looked at without waiting for a GPU."""
+    return upstream.dim() == 0 and upstream.is_cpu and upstream.item() == 1
 
 
-def run_kernel(student: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+def gradient_to_scale(of_rows: Tensor, scale: Tensor) -> Tensor:
+    return of_rows.sum().to(scale.device, scale.dtype)
+
+
+def run_kernel(student: Tensor, teacher: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The op, by the shortest way there is."""
-    if dispatcher_sees(student):
-        return torch.ops.vlfast.symmetric_kl(student, *others)
-    return (symmetric_kl_cpu if student.is_cpu else symmetric_kl_cuda)(student, *others)
+    if dispatcher_sees(student, teacher):
+        return torch.ops.vlfast.symmetric_kl(student, teacher, *others)
+    kernel = symmetric_kl_cpu if student.is_cpu else symmetric_kl_cuda
+    return kernel(student, teacher, *others)
 
 
 LIBRARY = torch.library.Library("vlfast", "FRAGMENT")
@@ -300,11 +306,8 @@ def symmetric_kl_cuda(
     student, teacher, index = as_the_kernels_take(student, teacher, index)
     results = empty_results(student, student.dtype, with_gradient)
     compute = results[0].dtype
-    # A scale stays on the GPU, where the kernel reads it.
-    scales = [
-        None if scale is None else scale.to(student.device, compute)
-        for scale in (student_scale, teacher_scale)
-    ]
+    student_scale, student_factor = number_for_gpu(student_scale, student_factor, compute)
+    teacher_scale, teacher_factor = number_for_gpu(teacher_scale, teacher_factor, compute)
     with torch.cuda.device(student.device):
         extension().symmetric_kl_cuda(
             DTYPES[student.dtype],
@@ -315,7 +318,7 @@ def symmetric_kl_cuda(
             teacher.shape[1],
             student_factor,
             teacher_factor,
-            *(0 if scale is None else scale.data_ptr() for scale in scales),
+            *addresses((student_scale, teacher_scale)),
             forward_weight,
             reverse_weight,
             *(result.data_ptr() for result in results),
@@ -372,3 +375,26 @@ def empty_results(
 LIBRARY.impl("symmetric_kl", symmetric_kl_cpu, "CPU")
 LIBRARY.impl("symmetric_kl", symmetric_kl_cuda, "CUDA")
 torch.library.register_fake("vlfast::symmetric_kl", symmetric_kl_fake, lib=LIBRARY)
+
+
+def remember_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    student, _, student_scale, _, _, student_factor = inputs[:6]
+    ctx.save_for_backward(*output[1:], student_scale)
+    ctx.student_dtype, ctx.student_factor = student.dtype, student_factor
+
+
+def backward_of_op(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    refuse_second_derivative("symmetric_kl")
+    gradient, gradient_of_scale, student_scale = ctx.saved_tensors
+    for_student = for_scale = None
+    if ctx.needs_input_grad[0]:
+        for_student = (gradient * upstream[:, None]).to(ctx.student_dtype)
+    if ctx.needs_input_grad[2]:
+        for_scale = gradient_to_scale(gradient_of_scale * upstream, student_scale)
+        for_scale = for_scale * ctx.student_factor
+    return for_student, None, for_scale, *[None] * 7
+
+
+torch.library.register_autograd(
+    "vlfast::symmetric_kl", backward_of_op, setup_context=remember_gradients, lib=LIBRARY
+)
