@@ -95,9 +95,10 @@ VLFAST_INLINE RowResult<C> solve(Row<C> row, std::int64_t classes, Coefficients<
   // A gap s - t is taken as scale * (u - ratio * v), which is 0 where both sides are the same even
   // if the compiler fuses a product and a sum. Those whose mean is subtracted are relative to the
   // gap of the student's top class, which may be all of the mean: the difference must be 0 then. Of
-  // them shares are summed, since the gaps may be as large as the largest number.
+  // them shares are summed, and quarters subtracted, since each of the four logits may be as large
+  // as the largest number.
   const C ratio = teacher_scale / student_scale;
-  const C gap_share = student_scale / static_cast<C>(classes);
+  const C four_shares = 4 * student_scale / static_cast<C>(classes);
   C student_sum = 0, teacher_sum = 0, gap_sum = 0;
   for (std::int64_t begin = 0; begin < classes; begin += kBlock) {
     const std::int64_t end = std::min(begin + kBlock, classes);
@@ -111,7 +112,7 @@ VLFAST_INLINE RowResult<C> solve(Row<C> row, std::int64_t classes, Coefficients<
       teacher_exps[c] = teacher_exp;
       student_part += student_exp;
       teacher_part += teacher_exp;
-      gap_part += student_exp * ((u - ratio * (teacher[c] - top.beside)) * gap_share);
+      gap_part += student_exp * ((u / 4 - ratio / 4 * (teacher[c] - top.beside)) * four_shares);
     }
     student_sum += student_part;
     teacher_sum += teacher_part;
@@ -145,7 +146,7 @@ VLFAST_INLINE RowResult<C> solve(Row<C> row, std::int64_t classes, Coefficients<
       forward_part += terms.forward;
       reverse_part += terms.reverse;
       if (kGradient) {
-        const C from_top = (u - ratio * (teacher[c] - top.beside)) * gap_share;
+        const C from_top = (u / 4 - ratio / 4 * (teacher[c] - top.beside)) * four_shares;
         const C gradient =
             forward_weight * terms.difference + reverse_gradient * (q * (from_top - mean_gap));
         gradients[c] = gradient * student_scale;

@@ -130,6 +130,15 @@ class TestAccuracy:
         assert_close(loss, truth[0], 1e-6)
         assert_close(gradient, truth[1], 1e-6)
 
+    def test_a_student_sure_of_what_the_teacher_masks(self):
+        lowest = torch.finfo(F32).min
+        student = torch.tensor([[2.0, 1.0, lowest, 0.0, 0.5, -0.5]])
+        teacher = torch.tensor([[lowest, 0.5, 1.0, 0.0, 0.3, 0.1]])
+        results = loss_and_gradients(student, teacher, torch.tensor(1.0))
+        truth = exact(student, teacher, torch.tensor(1.0))
+        for actual, expected in zip(results, truth, strict=True):
+            assert_close(actual, expected, 1e-5)
+
     def test_hardly_any_distance_is_not_lost(self):
         """The short form E_t[t - s] - E_s[t - s] has no correct digit here."""
         student, teacher = (x.float() for x in pair(4, 100, 1e-6))

@@ -19,8 +19,9 @@ namespace vlfast {
 //
 // and the gradients of both to prompts and hidden. With detach_targets, y is constant in the first
 // and q in the second. If fewer than top_k words count, K is all that do. A row with a value that
-// is not finite gets NaN in all its results; other rows do not notice. Every result is the same on
-// every run and for every number of threads; the number of rows decides how sums are rounded.
+// is not finite gets NaN in all its results; other rows do not notice. A word that counts and is
+// not finite, or whose norm is not, reaches every row. Every result is the same on every run and
+// for every number of threads; the number of rows decides how sums are rounded.
 //
 // Matrices are row-major and contiguous; the results overlap nothing. Everything but the embedding
 // is float, and is computed in float.
