@@ -12,6 +12,7 @@
 #include "products.h"
 #include "scalar.h"
 #include "vlfast/kl_terms.h"
+#include "widen.h"
 
 namespace vlfast {
 namespace {
@@ -240,19 +241,14 @@ void pack(const Group& group, std::int64_t width, float* packed) {
   }
 }
 
-// The values in fp32: themselves, or a copy in `scratch`.
-VLFAST_DISPATCH const float* in_float(const void* values, std::int64_t begin, std::int64_t count,
-                                      DType dtype, std::vector<float>& scratch) {
-  if (dtype == DType::kFloat32) return static_cast<const float*>(values) + begin;
-  float* __restrict to = at_least(scratch, count);
-  if (dtype == DType::kBFloat16) {
-    const auto* from = static_cast<const BFloat16*>(values) + begin;
-    for (std::int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
-  } else {
-    const auto* from = static_cast<const Float16*>(values) + begin;
-    for (std::int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
-  }
-  return to;
+// `count` of the text features from `begin` on, in fp32.
+const float* texts_in_float(const GatedMixture& problem, std::int64_t begin, std::int64_t count,
+                            std::vector<float>& scratch) {
+  if (problem.text_dtype == DType::kBFloat16)
+    return in_float(static_cast<const BFloat16*>(problem.text_features) + begin, count, scratch);
+  if (problem.text_dtype == DType::kFloat16)
+    return in_float(static_cast<const Float16*>(problem.text_features) + begin, count, scratch);
+  return static_cast<const float*>(problem.text_features) + begin;
 }
 
 VLFAST_DISPATCH void scatter(const float* scores, std::int64_t lanes, std::int64_t count,
@@ -269,8 +265,7 @@ void teacher_logits(const GatedMixture& problem, const Group& group, const float
   thread_local std::vector<float> text, scores;
   const std::int64_t width = problem.width, count = end - begin;
   const float* words =
-      in_float(problem.text_features, (group.head * problem.classes + begin) * width, count * width,
-               problem.text_dtype, text);
+      texts_in_float(problem, (group.head * problem.classes + begin) * width, count * width, text);
   float* const results = at_least(scores, count * group.lanes);
   score_words({packed + group.offset, group.lanes, words, count, width, results});
   scatter(results, group.lanes, count, static_cast<float>(problem.logit_scale), group.teachers,

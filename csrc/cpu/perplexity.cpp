@@ -5,12 +5,12 @@
 #include <limits>
 #include <memory>
 #include <stdexcept>
-#include <type_traits>
 #include <vector>
 
 #include "dispatch.h"
 #include "products.h"
 #include "scalar.h"
+#include "widen.h"
 
 namespace vlfast {
 namespace {
@@ -89,26 +89,6 @@ std::int64_t rows_of_tile(const Perplexity& problem, std::int64_t tile) {
 
 // Few rows get by with half the lanes.
 std::int64_t half_lanes(std::int64_t rows) { return rows <= kTileRows / 2 ? 8 : 16; }
-
-VLFAST_DISPATCH void widen_block(const BFloat16* from, std::int64_t size, float* to) {
-  for (std::int64_t i = 0; i < size; ++i) to[i] = widen(from[i]);
-}
-
-VLFAST_DISPATCH void widen_block(const Float16* from, std::int64_t size, float* to) {
-  for (std::int64_t i = 0; i < size; ++i) to[i] = widen(from[i]);
-}
-
-// The block in fp32: itself, or a copy in `scratch`.
-template <typename T>
-const float* in_float(const T* block, std::int64_t size, std::vector<float>& scratch) {
-  if constexpr (std::is_same_v<T, float>) {
-    return block;
-  } else {
-    if (scratch.size() < static_cast<std::size_t>(size)) scratch.resize(size);
-    widen_block(block, size, scratch.data());
-    return scratch.data();
-  }
-}
 
 VLFAST_DISPATCH void invert_norms(const float* words, std::int64_t count, std::int64_t width,
                                   float* inverse_norms) {

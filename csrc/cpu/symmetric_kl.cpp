@@ -10,6 +10,7 @@
 #include "dispatch.h"
 #include "scalar.h"
 #include "vlfast/kl_terms.h"
+#include "widen.h"
 
 namespace vlfast {
 namespace {
@@ -169,14 +170,6 @@ VLFAST_DISPATCH RowResult<float> solve_row(Row<float> row, std::int64_t classes,
 RowResult<double> solve_row(Row<double> row, std::int64_t classes, Coefficients<double> by) {
   return row.gradient ? solve<double, true>(row, classes, by)
                       : solve<double, false>(row, classes, by);
-}
-
-VLFAST_DISPATCH void widen_row(const BFloat16* from, std::int64_t classes, float* to) {
-  for (std::int64_t c = 0; c < classes; ++c) to[c] = widen(from[c]);
-}
-
-VLFAST_DISPATCH void widen_row(const Float16* from, std::int64_t classes, float* to) {
-  for (std::int64_t c = 0; c < classes; ++c) to[c] = widen(from[c]);
 }
 
 VLFAST_DISPATCH void narrow_row(const float* from, std::int64_t classes, BFloat16* to) {

@@ -13,7 +13,14 @@ from torch import Tensor
 from .._extension import extension
 from . import checks, reference
 from .backends import kernel_serves
-from .kernel_calls import DTYPES, dispatcher_sees, refuse_second_derivative, tensor_and_factor
+from .kernel_calls import (
+    DTYPES,
+    dispatcher_sees,
+    number_for_gpu,
+    number_on_cpu,
+    refuse_second_derivative,
+    tensor_and_factor,
+)
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -60,9 +67,9 @@ def gated_mixture_loss(
         also to ``student_logits``, each in the dtype of its input. A row with a value that is not
         finite gives NaN for itself alone. Scales on the GPU are not read by the host.
 
-    fp64, other devices than CPU and CUDA, and functorch transforms are served by plain PyTorch. For
-    second derivatives compute the losses under ``vlfast.ops.backends.reference_only()``; without
-    it, create_graph=True raises RuntimeError.
+    fp64, other devices than CPU and CUDA, functorch transforms and forward-mode differentiation are
+    served by plain PyTorch. For second derivatives compute the losses under
+    ``vlfast.ops.backends.reference_only()``; without it, create_graph=True raises RuntimeError.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -198,17 +205,17 @@ class GatedMixture(torch.autograd.Function):
         refuse_second_derivative("gated_mixture_loss")
         image_features, to_student, distillation_to_scores, selection_to_scores = ctx.saved_tensors
         for_gate = for_student = None
-        shares = [
-            to_scores * upstream[:, None]
-            for to_scores, upstream in (
-                (distillation_to_scores, of_distillation),
-                (selection_to_scores, of_selection),
-            )
-            if upstream is not None
-        ]
-        if ctx.needs_input_grad[1] and shares:
+        if ctx.needs_input_grad[1]:
+            shares = [
+                to_scores * upstream[:, None]
+                for to_scores, upstream in (
+                    (distillation_to_scores, of_distillation),
+                    (selection_to_scores, of_selection),
+                )
+                if upstream is not None
+            ]
             for_scores = shares[0] if len(shares) == 1 else shares[0] + shares[1]
-            with reference.without_autocast(for_scores):
+            with reference.without_autocast(to_student):
                 # In this order the product is three times as fast on a CPU.
                 transposed = for_scores.T @ image_features.to(for_scores.dtype)
             for_gate = transposed.T.contiguous().to(ctx.gate_dtype)
@@ -275,11 +282,6 @@ LIBRARY.define(
 
 def gated_mixture_cpu(*arguments: Any) -> tuple[Tensor, ...]:
     problem = Problem(*arguments)
-    logit_scale, temperature = problem.logit_scale_factor, problem.temperature_factor
-    if problem.logit_scale is not None:
-        logit_scale *= problem.logit_scale.item()
-    if problem.temperature is not None:
-        temperature *= problem.temperature.item()
     image_features, gate, student_logits = (
         x.to(torch.float32).contiguous()
         for x in (problem.image_features, problem.gate, problem.student_logits)
@@ -297,8 +299,8 @@ def gated_mixture_cpu(*arguments: Any) -> tuple[Tensor, ...]:
         hard_text_features.data_ptr(),
         student_logits.data_ptr(),
         labels.data_ptr(),
-        logit_scale,
-        temperature,
+        number_on_cpu(problem.logit_scale, problem.logit_scale_factor),
+        number_on_cpu(problem.temperature, problem.temperature_factor),
         *(result.data_ptr() for result in results),
         torch.get_num_threads(),
     )
@@ -319,7 +321,8 @@ def gated_mixture_cuda(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def number_on_gpu(number: Tensor | None, factor: float) -> Tensor | float:
-    """Their product. A tensor stays on the GPU, where the kernel reads it."""
+    """Their product: a number, or a tensor that stays on its GPU."""
+    number, factor = number_for_gpu(number, factor, torch.float32)
     if number is None:
         return factor
     return number if factor == 1 else number * factor

@@ -33,14 +33,19 @@ def tensor_and_factor(scale: Tensor | float) -> tuple[Tensor | None, float]:
     return (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
 
 
+def number_on_cpu(scale: Tensor | None, factor: float) -> float:
+    """Their product, read."""
+    return factor if scale is None else factor * scale.item()
+
+
 def number_for_gpu(
     scale: Tensor | None, factor: float, dtype: torch.dtype
 ) -> tuple[Tensor | None, float]:
     """The same with a tensor that a kernel can read, on its GPU. One on the CPU is read here, since
     sending it would hold the GPU up."""
-    if scale is None or not scale.is_cpu:
-        return None if scale is None else scale.to(dtype), factor
-    return None, factor * scale.item()
+    if scale is None or scale.is_cpu:
+        return None, number_on_cpu(scale, factor)
+    return scale.to(dtype), factor
 
 
 def addresses(tensors: Sequence[Tensor | None]) -> list[int]:

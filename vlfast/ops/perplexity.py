@@ -18,6 +18,7 @@ from .kernel_calls import (
     addresses,
     dispatcher_sees,
     number_for_gpu,
+    number_on_cpu,
     refuse_second_derivative,
     tensor_and_factor,
 )
@@ -348,9 +349,6 @@ def perplexity_cpu(*arguments: Any) -> tuple[Tensor, ...]:
     problem = Problem(*arguments)
     if not problem.can_be_served():
         return perplexity_in_pytorch(*arguments)
-    temperature = problem.temperature_factor
-    if problem.temperature is not None:
-        temperature *= problem.temperature.item()
     # The addresses hold only as long as these do.
     inputs, results = problem.inputs(), problem.empty_results()
     extension().perplexity_cpu(
@@ -359,7 +357,7 @@ def perplexity_cpu(*arguments: Any) -> tuple[Tensor, ...]:
         *problem.embedding.shape,
         problem.top_k,
         *addresses(inputs),
-        temperature,
+        number_on_cpu(problem.temperature, problem.temperature_factor),
         0,
         problem.detach_targets,
         *addresses(results),

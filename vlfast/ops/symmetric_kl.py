@@ -18,6 +18,7 @@ from .kernel_calls import (
     addresses,
     dispatcher_sees,
     number_for_gpu,
+    number_on_cpu,
     refuse_second_derivative,
     tensor_and_factor,
 )
@@ -279,8 +280,8 @@ def symmetric_kl_cpu(
         0 if index is None else index.data_ptr(),
         *student.shape,
         teacher.shape[1],
-        student_factor if student_scale is None else student_factor * student_scale.item(),
-        teacher_factor if teacher_scale is None else teacher_factor * teacher_scale.item(),
+        number_on_cpu(student_scale, student_factor),
+        number_on_cpu(teacher_scale, teacher_factor),
         0,
         0,
         forward_weight,
