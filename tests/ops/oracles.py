@@ -82,16 +82,21 @@ def gated_mixture(images, gate, texts, student_logits, labels, logit_scale, temp
     return torch.stack(distillation), torch.stack(selection)
 
 
-def prefix_attention(query, key, value, prefix_key, prefix_value, runs, prefix_of_run, scale):
-    """runs: a list of (start, end)."""
-    outputs = []
-    for (start, end), prefix in zip(runs, prefix_of_run, strict=True):
-        for token in range(start, end):
-            keys = torch.cat([prefix_key[prefix], key[start : token + 1]])
-            values = torch.cat([prefix_value[prefix], value[start : token + 1]])
+def prefix_attention(qkv, prefixes, suffixes, scale):
+    """prefixes, suffixes: lists of lengths; the suffixes are divided evenly among the prefixes."""
+    rows, starts = [], [0]
+    for length in [*prefixes, *suffixes]:
+        starts.append(starts[-1] + length)
+    for run, length in enumerate([*prefixes, *suffixes]):
+        seen = []
+        if prefixes and run >= len(prefixes):
+            prefix = (run - len(prefixes)) * len(prefixes) // len(suffixes)
+            seen = list(range(starts[prefix], starts[prefix + 1]))
+        for token in range(starts[run], starts[run] + length):
+            seen = [*seen, token]
             heads = []
-            for head in range(query.shape[1]):
-                weights = probabilities(keys[:, head] @ query[token, head] * scale)
-                heads.append(weights @ values[:, head])
-            outputs.append(torch.stack(heads))
-    return torch.stack(outputs)
+            for head in range(qkv.shape[2]):
+                query, key, value = qkv[token, 0, head], qkv[seen, 1, head], qkv[seen, 2, head]
+                heads.append(probabilities(key @ query * scale) @ value)
+            rows.append(torch.stack(heads))
+    return torch.stack(rows)

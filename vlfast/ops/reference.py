@@ -7,9 +7,12 @@ input is fp64 and in fp32 otherwise, under autocast too. The checks are in the p
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .packed_runs import PackedRuns
 
 NORM_FLOOR = 1e-12
 # Further apart than this, two probabilities are subtracted as they are: nothing cancels, while p
@@ -225,37 +228,73 @@ def gated_mixture(
     return distillation, (weights * cross_entropies).sum(1)
 
 
-def prefix_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix_key: Tensor,
-    prefix_value: Tensor,
-    offsets: Tensor,
-    prefix_index: Tensor | None = None,
-    scale: float | None = None,
-) -> Tensor:
-    """Attention of packed suffixes to their prefix and, causally, to themselves: [T, H, E].
+def prefix_attention(qkv: Tensor, runs: PackedRuns, scale: float) -> Tensor:
+    """Attention of packed runs to their prefix and, causally, to themselves: [M, H, E].
 
-    query, key, value: [T, H, E], the suffix tokens of R runs one after the other, H heads.
-    prefix_key, prefix_value: [N, P, H, E], N prefixes of P tokens. offsets: int64 [R + 1], run r
-    is the tokens offsets[r] to offsets[r + 1]. prefix_index: int64 [R], the prefix of each run;
-    None, all runs have the first. scale: of the scores, 1 / sqrt(E) if None. The result has the
-    dtype of query.
+    qkv: [M, 3, H, E], the queries, keys and values of M tokens. Runs are padded to the longest, and
+    what is not there is masked.
     """
-    dtype = accumulation_dtype(query, key, value, prefix_key, prefix_value)
-    tokens, _, width = query.shape
-    prefixes, length = prefix_key.shape[:2]
-    position = torch.arange(tokens, device=query.device)
-    run = torch.searchsorted(offsets, position, right=True) - 1
-    causal = (run[:, None] == run) & (position[:, None] >= position)
-    prefix_of_token = torch.zeros_like(run) if prefix_index is None else prefix_index[run]
-    owner = torch.arange(prefixes, device=query.device).repeat_interleave(length)
-    visible = torch.cat([prefix_of_token[:, None] == owner, causal], dim=1)
-    keys = torch.cat([prefix_key.flatten(0, 1).to(dtype), key.to(dtype)])
-    values = torch.cat([prefix_value.flatten(0, 1).to(dtype), value.to(dtype)])
-    with without_autocast(query):
-        scores = torch.einsum("qhe,khe->hqk", query.to(dtype), keys)
-        scores = scores * (width**-0.5 if scale is None else scale)
-        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
-        return torch.einsum("hqk,khe->qhe", weights, values).to(query.dtype)
+    dtype = accumulation_dtype(qkv)
+    prefixes, suffixes = runs.prefixes, len(runs) - runs.prefixes
+    of_prefix, of_suffix = (
+        _PaddedRuns.of(runs, 0, prefixes, runs.longest_prefix),
+        _PaddedRuns.of(runs, prefixes, suffixes, runs.longest),
+    )
+    with without_autocast(qkv):
+        query, key, value = of_prefix.gather(qkv.to(dtype))
+        scores = torch.einsum("nqhe,nkhe->nhqk", query, key) * scale
+        weights = scores.masked_fill(~of_prefix.causal()[:, None], -torch.inf).softmax(-1)
+        attended = [torch.einsum("nhqk,nkhe->nqhe", weights, value).flatten(0, 1)]
+
+        # [prefixes, suffixes of each, longest, H, E], beside [prefixes, longest_prefix, H, E]
+        shape = (prefixes, -1) if prefixes else (suffixes, 1)
+        query, own_key, own_value = (x.unflatten(0, shape) for x in of_suffix.gather(qkv.to(dtype)))
+        own = torch.einsum("nrqhe,nrkhe->nrhqk", query, own_key) * scale
+        own = own.masked_fill(~of_suffix.causal().unflatten(0, shape)[:, :, None], -torch.inf)
+        if prefixes:
+            seen = torch.einsum("nrqhe,nkhe->nrhqk", query, key) * scale
+            seen = seen.masked_fill(~of_prefix.real[:, None, None, None], -torch.inf)
+            own = torch.cat([seen, own], dim=-1)
+        weights = own.softmax(-1)
+        split = runs.longest_prefix if prefixes else 0
+        result = torch.einsum("nrhqk,nrkhe->nrqhe", weights[..., split:], own_value)
+        if prefixes:
+            result = result + torch.einsum("nrhqk,nkhe->nrqhe", weights[..., :split], value)
+        attended.append(result.flatten(0, 2))
+    return torch.cat(attended)[_padded_place_of_rows(runs)].to(qkv.dtype)
+
+
+class _PaddedRuns(NamedTuple):
+    """Some of the runs, padded to ``longest`` rows. rows: int64 [R, longest], real: bool."""
+
+    rows: Tensor
+    real: Tensor
+
+    @classmethod
+    def of(cls, runs: PackedRuns, first: int, count: int, longest: int) -> _PaddedRuns:
+        offsets = runs.offsets[first : first + count + 1].long()
+        rows = offsets[:-1, None] + torch.arange(longest, device=offsets.device)
+        return cls(rows, rows < offsets[1:, None])
+
+    def gather(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        padded = qkv[self.rows.where(self.real, 0)]
+        return padded.where(self.real[:, :, None, None, None], 0).unbind(2)
+
+    def causal(self) -> Tensor:
+        """bool [R, longest, longest]; a row that is not real sees itself, so that it is not NaN."""
+        longest = self.rows.shape[1]
+        lower = torch.ones(longest, longest, dtype=torch.bool, device=self.rows.device).tril()
+        return lower & (self.real[:, None] | ~self.real[:, :, None])
+
+
+def _padded_place_of_rows(runs: PackedRuns) -> Tensor:
+    """Where each packed row stands among the rows of all padded prefixes, then suffixes: [M]."""
+    offsets = runs.offsets.long()
+    lengths = offsets[1:] - offsets[:-1]
+    run = torch.arange(len(runs), device=offsets.device)
+    first = (run * runs.longest_prefix).where(
+        run < runs.prefixes,
+        runs.prefixes * runs.longest_prefix + (run - runs.prefixes) * runs.longest,
+    )
+    shift = (first - offsets[:-1]).repeat_interleave(lengths, output_size=runs.rows.shape[1])
+    return torch.arange(len(shift), device=shift.device) + shift
