@@ -18,6 +18,7 @@ class TextModel:
     ln_final: on [..., d]. text_projection: [d, D], a Linear, or None.
     """
 
+    model: nn.Module
     token_embedding: nn.Embedding
     positional_embedding: nn.Parameter
     blocks: Sequence[nn.Module]
@@ -58,6 +59,7 @@ class TextModel:
                 "('argmax' or 'eos')"
             )
         return cls(
+            model=model,
             token_embedding=text.token_embedding,
             positional_embedding=text.positional_embedding,
             blocks=list(text.transformer.resblocks),
@@ -65,6 +67,28 @@ class TextModel:
             text_projection=text.text_projection,
             batch_first=getattr(text.transformer, "batch_first", False),
         )
+
+    def why_padded(self) -> str | None:
+        return None
+
+    def qkv(self, layer: int, x: Tensor) -> Tensor:
+        attn = self.blocks[layer].attn
+        x = self.blocks[layer].ln_1(x)
+        x = nn.functional.linear(x, attn.in_proj_weight, attn.in_proj_bias)
+        return x.unflatten(-1, (3, attn.num_heads, -1))
+
+    def finish_block(self, layer: int, x: Tensor, attended: Tensor) -> Tensor:
+        block = self.blocks[layer]
+        out = block.attn.out_proj
+        x = x + block.ls_1(nn.functional.linear(attended.flatten(1), out.weight, out.bias))
+        return x + block.ls_2(block.mlp(block.ln_2(x)))
+
+    def pool(self, x: Tensor) -> Tensor:
+        return self.project(self.ln_final(x))
+
+    @property
+    def depth(self) -> int:
+        return len(self.blocks)
 
     @property
     def width(self) -> int:

@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
+from vlfast.clip.packed import encode_packed
 from vlfast.clip.text_model import TextModel
+from vlfast.clip.text_output import Per, Position, TextOutput
 from vlfast.clip.tokens import PromptTokens, Tokenizer, tokenize_names
-
-Per = Literal["all", "class", "image"]
-Position = Literal["end", "middle", "front"]
-
-
-@dataclass(frozen=True)
-class TextOutput:
-    """features: [C, D], or [B, C, D] for ``per="image"``; not normalised.
-
-    context_states: the states (after ``ln_final``, before the projection) that predict the context
-    vectors, row i for vector i: [n, d] (per "all", position "end"), [B, n, d] (per "image"), else
-    [C, n, d]. None without a context.
-    """
-
-    features: Tensor
-    context_states: Tensor | None
-
 
 class TextTower:
     """Encodes class names behind a learned context with the text tower of an open_clip CLIP.
@@ -42,13 +26,20 @@ class TextTower:
     ValueError, with the reason, for a model whose text tower can't serve.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer | None = None,
+        *,
+        max_memory: int | None = None,
+    ) -> None:
         if tokenizer is None:
             from open_clip.tokenizer import SimpleTokenizer
 
             tokenizer = SimpleTokenizer()
         self.text = TextModel.of(model)
         self.tokenizer = tokenizer
+        self.max_memory = max_memory
 
     @property
     def width(self) -> int:
@@ -67,7 +58,7 @@ class TextTower:
 
     def tokenize(self, names: Sequence[str], template: str = "{ctx} {name}.") -> PromptTokens:
         """Lay out class names; see ``tokenize_names``. Do it once, outside the training loop."""
-        return tokenize_names(self.tokenizer, names, template).to(self.text.device)
+        return tokenize_names(self.tokenizer, names, template)
 
     def embed_words(self, words: str) -> Tensor:
         """The token embeddings of ``words``, [n, d]: what a context starts from."""
@@ -102,54 +93,15 @@ class TextTower:
             tokens = tokens.select(index)
             if context is not None and per == "class":
                 context = context[index.to(context.device)]
-        n = 0 if context is None else context.shape[-2]
-        images = context.shape[0] if context is not None and per == "image" else 1
-
-        order = _token_order(tokens, n, position)
-        embedded = self._embed(context, tokens, per, order)
-        hidden = self._encode(embedded, [vectors.to(embedded.dtype) for vectors in deep])
-
-        runs = torch.arange(len(hidden), device=hidden.device)
-        eot = (n + tokens.lengths).repeat(images)
-        features = self.text.project(hidden[runs, eot])
-        if per == "image":
-            features = features.view(images, len(tokens), -1)
-        if context is None:
-            return TextOutput(features, None)
-        return TextOutput(features, _context_states(hidden, order, n, per, position, images))
-
-    def _embed(
-        self, context: Tensor | None, tokens: PromptTokens, per: Per, order: Tensor
-    ) -> Tensor:
-        """Token embeddings in reading order, positions added: [runs, L, d]."""
-        text = self.text
-        sot = torch.full_like(tokens.suffix[:, :1], tokens.sot)
-        frozen = text.token_embedding(torch.cat([sot, tokens.suffix], dim=1)).to(text.dtype)
-        if context is None:
-            x = frozen
-        else:
-            vectors = context.to(text.dtype)
-            if per == "all":
-                vectors = vectors.expand(len(tokens), -1, -1)
-            elif per == "image":
-                images = len(vectors)
-                vectors = vectors.repeat_interleave(len(tokens), dim=0)
-                frozen = frozen.repeat(images, 1, 1)
-                order = order.repeat(images, 1)
-            x = torch.cat([frozen[:, :1], vectors, frozen[:, 1:]], dim=1)
-            x = x.gather(1, order.unsqueeze(-1).expand_as(x))
-        return x + text.positional_embedding[: x.shape[1]].to(text.dtype)
-
-    def _encode(self, x: Tensor, deep: list[Tensor]) -> Tensor:
-        """All blocks and the final layer norm on padded sequences: [runs, L, d]."""
-        length = x.shape[1]
-        mask = torch.full((length, length), float("-inf"), device=x.device, dtype=x.dtype).triu(1)
-        for layer in range(len(self.text.blocks)):
-            if 1 <= layer <= len(deep):
-                vectors = deep[layer - 1].expand(len(x), -1, -1)
-                x = torch.cat([x[:, :1], vectors, x[:, 1 + vectors.shape[1] :]], dim=1)
-            x = self.text.run_block(layer, x, mask)
-        return self.text.ln_final(x)
+        return encode_packed(
+            self.text,
+            context,
+            tokens,
+            per=per,
+            position=position,
+            deep=deep,
+            max_memory=self.max_memory,
+        )
 
     def _check(
         self,
@@ -231,29 +183,3 @@ class TextTower:
                 )
         tokens.check_fits(n, self.context_length)
 
-
-def _token_order(tokens: PromptTokens, n: int, position: Position) -> Tensor:
-    """int64 [C, L]: which entry of [SOS | context | suffix] stands at each place."""
-    length = 1 + n + tokens.suffix.shape[1]
-    place = torch.arange(length, device=tokens.suffix.device).expand(len(tokens), -1)
-    if position == "end":
-        return place
-    before = n // 2 if position == "middle" else 0
-    name = tokens.name_lengths.unsqueeze(1)
-    in_name = (place > before) & (place <= before + name)
-    after_name = (place > before + name) & (place <= n + name)
-    moved = torch.where(in_name, place + (n - before), place)
-    return torch.where(after_name, place - name, moved)
-
-
-def _context_states(
-    hidden: Tensor, order: Tensor, n: int, per: Per, position: Position, images: int
-) -> Tensor:
-    """The state just before each context vector; see TextOutput.context_states."""
-    if position == "end":
-        states = hidden[:, :n]
-        if per == "all":
-            return states[0]
-        return states.unflatten(0, (images, -1))[:, 0] if per == "image" else states
-    places = order.argsort(dim=1)[:, 1 : 1 + n] - 1
-    return hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+from vlfast.clip.prompt_layout import PromptLayout
+from vlfast.clip.text_output import Per, Position
+
+T = TypeVar("T")
 
 
 class Tokenizer(Protocol):
@@ -21,7 +26,7 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PromptTokens:
     """What follows the context, one run a class.
 
@@ -44,6 +49,7 @@ class PromptTokens:
     has_context: bool
     separable: bool
     longest: tuple[str, int]
+    _made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.suffix)
@@ -56,16 +62,39 @@ class PromptTokens:
             suffix=self.suffix[index],
             lengths=self.lengths[index],
             name_lengths=self.name_lengths[index],
+            _made={},
         )
 
-    def to(self, device: torch.device | str) -> PromptTokens:
-        """The same, with its tensors on ``device``."""
-        return replace(
-            self,
-            suffix=self.suffix.to(device),
-            lengths=self.lengths.to(device),
-            name_lengths=self.name_lengths.to(device),
+    def layout(
+        self, n_ctx: int, per: Per, position: Position, images: int, device: torch.device
+    ) -> PromptLayout:
+        """The packed rows for a context of ``n_ctx`` vectors; made once for all steps."""
+        return self.once(
+            ("layout", n_ctx, per, position, images, device),
+            lambda: PromptLayout.of(
+                self.suffix,
+                self.lengths,
+                self.name_lengths,
+                self.sot,
+                n_ctx=n_ctx,
+                per=per,
+                position=position,
+                images=images,
+                device=device,
+            ),
         )
+
+    def part(self, start: int, stop: int) -> PromptTokens:
+        """The classes from ``start`` to ``stop``."""
+        if (start, stop) == (0, len(self)):
+            return self
+        return self.once(("part", start, stop), lambda: self.select(torch.arange(start, stop)))
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What ``make`` made of these tokens when first asked for ``key``."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def check_fits(self, n_ctx: int, context_length: int) -> None:
         """Raise ValueError, naming the longest class, if SOS + n_ctx + its tokens do not fit."""
