@@ -83,6 +83,12 @@ class TextModel:
         x = x + block.ls_1(nn.functional.linear(attended.flatten(1), out.weight, out.bias))
         return x + block.ls_2(block.mlp(block.ln_2(x)))
 
+    def weights(self) -> list[Tensor]:
+        """The parameters that text features come from."""
+        outside = ("visual.", "vision_", "visual_", "logit_")
+        named = self.model.named_parameters()
+        return [weight for name, weight in named if not name.startswith(outside)]
+
     def pool(self, x: Tensor) -> Tensor:
         return self.project(self.ln_final(x))
 

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from vlfast.clip.feature_cache import FeatureCache
 from vlfast.clip.packed import encode_packed
 from vlfast.clip.text_model import TextModel
 from vlfast.clip.text_output import Per, Position, TextOutput
 from vlfast.clip.tokens import PromptTokens, Tokenizer, tokenize_names
 
 class TextTower:
-    """Encodes class names behind a learned context with the text tower of an open_clip CLIP.
+    """Encodes class names behind a learned context with the text tower of a CLIP.
+
+    What all classes share, SOS and their common context, is encoded once, and the rest of every
+    class behind it, up to EOT, without padding: the tower is causal and only EOT is read, so that
+    features and gradients are those of whole padded sequences. Towers of another kind get the
+    whole sequences; ``explain()`` tells.
 
     The model's own modules do the work: no weights are copied, and gradients reach the context.
     Freeze the model first (``model.requires_grad_(False)``), or its weights get gradients too.
-    Every sequence is cut after the longest EOT, which changes nothing: the tower is causal and
-    only EOT is read.
 
-    model: an open_clip CLIP or CustomTextCLIP. tokenizer: with ``encode``, ``decode``,
-    ``sot_token_id`` and ``eot_token_id``; open_clip's SimpleTokenizer by default. Raises
-    ValueError, with the reason, for a model whose text tower can't serve.
+    model: an open_clip CLIP or CustomTextCLIP, an openai/CLIP, or a transformers CLIPModel.
+    tokenizer: open_clip's SimpleTokenizer by default; see ``as_tokenizer`` for others. max_memory:
+    bytes that encoding may take at a time. Images and classes then go in chunks, and what a chunk
+    keeps for its backward is computed again; None, the default, takes all at once. It may be set
+    later on. Raises ValueError, with the reason, for a model without a text tower that prompts can
+    be learned for.
     """
 
     def __init__(
@@ -40,6 +48,30 @@ class TextTower:
         self.text = TextModel.of(model)
         self.tokenizer = tokenizer
         self.max_memory = max_memory
+        self._hard_features: WeakKeyDictionary[PromptTokens, FeatureCache] = WeakKeyDictionary()
+
+    @property
+    def max_memory(self) -> int | None:
+        """Bytes that encoding may take at a time; None for no limit."""
+        return self._max_memory
+
+    @max_memory.setter
+    def max_memory(self, value: int | None) -> None:
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise TypeError(f"max_memory: expected bytes or None, got {value!r}")
+        if value is not None and value < 1:
+            raise ValueError(f"max_memory: expected at least 1 byte, got {value}")
+        self._max_memory = value
+
+    def explain(self) -> str:
+        """Which path encodes prompts at this moment, and why."""
+        reason = self.text.why_padded()
+        if reason is None:
+            return (
+                "packed: what all classes share is encoded once, and the rest of each without "
+                "padding"
+            )
+        return f"padded: every class is a whole sequence of {self.context_length}, since {reason}"
 
     @property
     def width(self) -> int:
@@ -81,7 +113,11 @@ class TextTower:
         [B, n, d] one an image (per "image"), or None for a hard prompt. tokens: from
         ``tokenize``. position: where the class name stands; "middle" puts n // 2 vectors before
         it. deep: tensors [n, d]; entry l replaces positions 1..n at the input of block l + 1.
-        index: int64 [K], encode only these classes (rows of a per-class context follow it).
+        index: int64 [K], encode only these classes (rows of a per-class context follow it). An
+        index on the CPU costs no synchronisation with a GPU.
+
+        A hard prompt's features are computed once for the same ``tokens``, and again only where a
+        weight has changed.
 
         Gradients come back in the context's dtype. Raises ValueError or TypeError, naming the
         argument, for shapes that do not fit and for deep or conditional prompts with a position
@@ -89,10 +125,25 @@ class TextTower:
         """
         deep = list(deep or ())
         self._check(context, tokens, per, position, deep, index)
+        if context is None and not self._learns_weights():
+            features = self._features_of_hard_prompt(tokens)
+            if index is not None:
+                features = features[index.to(features.device)]
+            return TextOutput(features, None)
         if index is not None:
             tokens = tokens.select(index)
-            if context is not None and per == "class":
+            if per == "class":
                 context = context[index.to(context.device)]
+        return self._encode(context, tokens, per, position, deep)
+
+    def _encode(
+        self,
+        context: Tensor | None,
+        tokens: PromptTokens,
+        per: Per = "all",
+        position: Position = "end",
+        deep: Sequence[Tensor] = (),
+    ) -> TextOutput:
         return encode_packed(
             self.text,
             context,
@@ -102,6 +153,14 @@ class TextTower:
             deep=deep,
             max_memory=self.max_memory,
         )
+
+    def _learns_weights(self) -> bool:
+        return torch.is_grad_enabled() and any(w.requires_grad for w in self.text.weights())
+
+    def _features_of_hard_prompt(self, tokens: PromptTokens) -> Tensor:
+        """Of all its classes, computed once for as long as the weights stay as they are."""
+        cache = self._hard_features.setdefault(tokens, FeatureCache())
+        return cache.get(None, self.text.weights(), lambda: self._encode(None, tokens).features)
 
     def _check(
         self,
