@@ -15,6 +15,7 @@ from vlfast.clip.text_model import TextModel
 from vlfast.clip.text_output import Per, Position, TextOutput
 from vlfast.clip.tokens import PromptTokens, Tokenizer, tokenize_names
 
+
 class TextTower:
     """Encodes class names behind a learned context with the text tower of a CLIP.
 
@@ -241,4 +242,3 @@ class TextTower:
                     f"got {tokens.template!r}"
                 )
         tokens.check_fits(n, self.context_length)
-

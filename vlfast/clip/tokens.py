@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -13,6 +15,9 @@ from vlfast.clip.prompt_layout import PromptLayout
 from vlfast.clip.text_output import Per, Position
 
 T = TypeVar("T")
+
+_NUMBERS = itertools.count()
+_BY_NUMBER: WeakValueDictionary[int, PromptTokens] = WeakValueDictionary()
 
 
 class Tokenizer(Protocol):
@@ -49,7 +54,15 @@ class PromptTokens:
     has_context: bool
     separable: bool
     longest: tuple[str, int]
-    _made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+    _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
+    _number: int = field(default_factory=_NUMBERS.__next__, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        _BY_NUMBER[self._number] = self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies are other tokens, with a number of their own."""
+        return type(self), tuple(getattr(self, f.name) for f in fields(self) if f.init)
 
     def __len__(self) -> int:
         return len(self.suffix)
@@ -62,27 +75,15 @@ class PromptTokens:
             suffix=self.suffix[index],
             lengths=self.lengths[index],
             name_lengths=self.name_lengths[index],
-            _made={},
         )
 
     def layout(
         self, n_ctx: int, per: Per, position: Position, images: int, device: torch.device
     ) -> PromptLayout:
         """The packed rows for a context of ``n_ctx`` vectors; made once for all steps."""
-        return self.once(
-            ("layout", n_ctx, per, position, images, device),
-            lambda: PromptLayout.of(
-                self.suffix,
-                self.lengths,
-                self.name_lengths,
-                self.sot,
-                n_ctx=n_ctx,
-                per=per,
-                position=position,
-                images=images,
-                device=device,
-            ),
-        )
+        key = (n_ctx, per, position, images, str(device))
+        _make_layout(self._number, *key)
+        return self._made[key]
 
     def part(self, start: int, stop: int) -> PromptTokens:
         """The classes from ``start`` to ``stop``."""
@@ -106,6 +107,32 @@ class PromptTokens:
                 f"n_ctx: {n_ctx} context tokens and the class {name!r} need {1 + n_ctx + length} "
                 f"tokens, but the text tower has {context_length}; {hint}"
             )
+
+
+def _make_layout(
+    number: int, n_ctx: int, per: Per, position: Position, images: int, device: str
+) -> None:
+    """Let the tokens with this number have this layout."""
+    tokens = _BY_NUMBER[number]
+    tokens.once(
+        (n_ctx, per, position, images, device),
+        lambda: PromptLayout.of(
+            tokens.suffix,
+            tokens.lengths,
+            tokens.name_lengths,
+            tokens.sot,
+            n_ctx=n_ctx,
+            per=per,
+            position=position,
+            images=images,
+            device=device,
+        ),
+    )
+
+
+# torch.compile can't trace how a layout is made. Of a function marked so it takes the arguments,
+# hence a number for the tokens, runs it while it traces, and holds the result to be constant.
+_make_layout._dynamo_marked_constant = True
 
 
 def tokenize_names(tokenizer: Tokenizer, names: Sequence[str], template: str) -> PromptTokens:
