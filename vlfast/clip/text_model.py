@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +27,14 @@ _NEEDS_WHOLE = "which needs whole sequences"
 class TextModel:
     """The parts of a model's text tower. Nothing is copied: the modules are the model's own.
 
-    model: whose ``encode`` it is. tower: the module that holds the parts, the model itself or its
-    ``text``. token_embedding: [V, d]. positional_embedding: [L, d], or None where the tower adds
-    positions in another way. blocks: the layers, none where they can't be reached. ln_final: on
-    [..., d]. text_projection: [d, D], a Linear, or None. context_length: tokens of a sequence.
-    causal: whether no token sees a later one. pool_type: which token is read, by open_clip's
-    names; eos_id: its id, for "eos". whole: why the tower as such needs whole sequences, or None.
+    model: whose ``encode`` it is. tower: the module that holds the parts, the model itself or one
+    in it. token_embedding: [V, d]. positional_embedding: [L, d], or None where the tower adds
+    positions in another way. blocks: the layers, none where they can't be reached; they take
+    [N, L, d] if ``batch_first``, else [L, N, d]. ln_final: on [..., d]. text_projection: [d, D], a
+    module, or None. context_length: the most tokens in a sequence; fixed_length: whether each is
+    padded to that many. causal: whether no token sees a later one. pool_type: which token is read,
+    by open_clip's names. pad_id, eos_id: what the tower itself takes for padding and for the end.
+    whole: why the tower as such needs whole sequences, or None.
     """
 
     model: nn.Module
@@ -39,49 +42,32 @@ class TextModel:
     token_embedding: nn.Module
     positional_embedding: nn.Parameter | None
     blocks: Sequence[nn.Module]
+    batch_first: bool
     ln_final: nn.Module | None
     text_projection: nn.Parameter | nn.Module | None
     context_length: int
+    fixed_length: bool
     causal: bool
     pool_type: str
+    pad_id: int | None
     eos_id: int | None
     whole: str | None
     _tried: dict[nn.Module, str | None] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, model: nn.Module) -> TextModel:
-        """Read an open_clip CLIP, CustomTextCLIP or TextTransformer, or a model of that layout.
+        """Read a CLIP of open_clip (CLIP, CustomTextCLIP, CoCa), of OpenAI's layout or of Hugging
+        Face's (CLIPModel, SiglipModel).
 
-        Raises ValueError with the reason for a model without such a text tower.
+        Raises ValueError with the reason for a model without a text tower that we can read.
         """
+        if hasattr(model, "get_text_features") and hasattr(model, "text_model"):
+            return cls(**_hugging_face_clip(model))
         tower = model if hasattr(model, "token_embedding") else getattr(model, "text", None)
-        parts = ("token_embedding", "positional_embedding", "transformer", "ln_final")
-        missing = [part for part in parts if not hasattr(tower, part)]
-        if missing:
-            raise ValueError(
-                f"model: {type(model).__name__} has no {', '.join(missing)}, so its text tower "
-                "is not a CLIP transformer that prompts can be learned for"
-            )
-        blocks = tower.transformer.resblocks
-        mask = getattr(tower, "attn_mask", None)
-        if mask is None:
-            mask = getattr(blocks[0], "attn_mask", None)
-        class_token = getattr(tower, "cls_emb", None) is not None
-        pool_type = getattr(tower, "text_pool_type", None) or getattr(tower, "pool_type", "argmax")
-        text = cls(
-            model=model,
-            tower=tower,
-            token_embedding=tower.token_embedding,
-            positional_embedding=tower.positional_embedding,
-            blocks=blocks,
-            ln_final=tower.ln_final,
-            text_projection=getattr(tower, "text_projection", None),
-            context_length=len(tower.positional_embedding) - class_token,
-            causal=mask is not None,
-            pool_type="last" if class_token else pool_type,
-            eos_id=getattr(tower, "text_eos_id", getattr(tower, "eos_id", None)),
-            whole=_why_whole(mask, class_token, pool_type),
-        )
+        if hasattr(getattr(tower, "transformer", None), "get_input_embeddings"):
+            return cls(**_hugging_face_encoder(model, tower))
+        text = cls(**_clip(model, tower))
+        # The first answer is the slow one: it tries what it does not know.
         text.why_padded()
         return text
 
@@ -117,7 +103,10 @@ class TextModel:
 
     def encode(self, ids: Tensor) -> Tensor:
         """Features [C, D], not normalised, of whole sequences [C, L], by the model itself."""
-        if not hasattr(self.model, "encode_text"):
+        if hasattr(self.model, "get_text_features"):
+            features = self.model.get_text_features(input_ids=ids)
+            features = getattr(features, "pooler_output", features)
+        elif not hasattr(self.model, "encode_text"):
             features = self.model(ids)
         elif "normalize" in signature(self.model.encode_text).parameters:
             features = self.model.encode_text(ids, normalize=False)
@@ -157,7 +146,7 @@ class TextModel:
 
     def run_block(self, layer: int, x: Tensor, mask: Tensor) -> Tensor:
         """Block ``layer`` on x [N, L, d] with an additive mask [L, L]."""
-        if self.blocks[layer].attn.batch_first:
+        if self.batch_first:
             return self.blocks[layer](x, attn_mask=mask)
         return self.blocks[layer](x.transpose(0, 1), attn_mask=mask).transpose(0, 1)
 
@@ -197,9 +186,9 @@ class TextModel:
         x = torch.randn(2, length, self.width, generator=generator).to(self.device, self.dtype)
 
         def theirs() -> Tensor:
-            given = x if block.attn.batch_first else x.transpose(0, 1)
+            given = x if self.batch_first else x.transpose(0, 1)
             made = block(given) if hasattr(block, "attn_mask") else block(given, attn_mask=causal)
-            return (made if block.attn.batch_first else made.transpose(0, 1)) - x
+            return (made if self.batch_first else made.transpose(0, 1)) - x
 
         def ours() -> Tensor:
             return torch.stack([self._run_rows(layer, rows) - rows for rows in x])
@@ -250,12 +239,107 @@ class TextModel:
         return self.finish_block(layer, x, attended.transpose(0, 1))
 
 
+def _clip(model: nn.Module, tower: nn.Module | None) -> dict[str, Any]:
+    """What TextModel holds of open_clip's layout, or of OpenAI's, which it follows."""
+    parts = ("token_embedding", "positional_embedding", "transformer", "ln_final")
+    missing = [part for part in parts if not hasattr(tower, part)]
+    if missing:
+        raise ValueError(
+            f"model: {type(model).__name__} has no {', '.join(missing)}, so its text tower "
+            "is not a CLIP transformer that prompts can be learned for"
+        )
+    transformer = tower.transformer
+    blocks = getattr(transformer, "resblocks", None)
+    if not blocks:
+        raise ValueError(f"model: {type(model).__name__} has no transformer.resblocks to learn for")
+    # In OpenAI's layout each block holds the mask, and nn.MultiheadAttention the order of axes.
+    attn = getattr(blocks[0], "attn", None)
+    mask = getattr(tower, "attn_mask", getattr(blocks[0], "attn_mask", None))
+    batch_first = getattr(transformer, "batch_first", getattr(attn, "batch_first", True))
+    class_token = getattr(tower, "cls_emb", None) is not None
+    pool_type = getattr(tower, "text_pool_type", getattr(tower, "pool_type", "argmax"))
+    return {
+        "model": model,
+        "tower": tower,
+        "token_embedding": tower.token_embedding,
+        "positional_embedding": tower.positional_embedding,
+        "blocks": blocks,
+        "batch_first": batch_first,
+        "ln_final": tower.ln_final,
+        "text_projection": getattr(tower, "text_projection", None),
+        "context_length": len(tower.positional_embedding) - class_token,
+        "fixed_length": True,
+        "causal": mask is not None,
+        "pool_type": "last" if class_token else pool_type,
+        "pad_id": getattr(tower, "pad_id", None),
+        "eos_id": getattr(tower, "text_eos_id", getattr(tower, "eos_id", None)),
+        "whole": _why_whole(mask, class_token, pool_type),
+    }
+
+
+def _hugging_face_clip(model: nn.Module) -> dict[str, Any]:
+    """What TextModel holds of transformers' CLIPModel and SiglipModel."""
+    kind, config = model.config.model_type, model.config.text_config
+    if kind not in ("clip", "metaclip_2", "siglip", "siglip2"):
+        raise ValueError(
+            f"model: {type(model).__name__} is a Hugging Face model of type {kind!r}, "
+            "of which clip, metaclip_2, siglip and siglip2 serve"
+        )
+    tower, causal = model.text_model, "clip" in kind and "siglip" not in kind
+    return {
+        "model": model,
+        "tower": tower,
+        "token_embedding": tower.embeddings.token_embedding,
+        "positional_embedding": None,
+        "blocks": tower.encoder.layers,
+        "batch_first": True,
+        "ln_final": tower.final_layer_norm,
+        "text_projection": None,
+        "context_length": config.max_position_embeddings,
+        # SigLIP reads the last token, whatever it is.
+        "fixed_length": not causal,
+        "causal": causal,
+        "pool_type": "eos" if causal else "last",
+        "pad_id": config.pad_token_id,
+        "eos_id": config.eos_token_id,
+        "whole": "it is a Hugging Face model",
+    }
+
+
+def _hugging_face_encoder(model: nn.Module, tower: nn.Module) -> dict[str, Any]:
+    """What TextModel holds of open_clip's HFTextEncoder."""
+    config, inner = tower.config, tower.transformer
+    inside = getattr(inner, "encoder", inner)
+    names = [name for name in ("layers", "layer", "block") if hasattr(inside, name)]
+    # Where positions are relative (T5) there is no limit but what such models were trained with.
+    positions = getattr(config, "max_position_embeddings", None) or 512
+    if "roberta" in config.model_type:
+        positions -= config.pad_token_id + 1
+    return {
+        "model": model,
+        "tower": tower,
+        "token_embedding": inner.get_input_embeddings(),
+        "positional_embedding": None,
+        "blocks": getattr(inside, names[0]) if names else (),
+        "batch_first": True,
+        "ln_final": None,
+        "text_projection": None,
+        "context_length": positions,
+        # It masks the padding.
+        "fixed_length": False,
+        "causal": False,
+        "pool_type": "none",
+        "pad_id": config.pad_token_id,
+        "eos_id": config.eos_token_id,
+        "whole": "its text tower is a Hugging Face model",
+    }
+
+
 def _why_whole(mask: Tensor | None, class_token: bool, pool_type: str) -> str | None:
     """Why a tower with these traits can't be run without padding, or None."""
     if mask is None:
         return "its text tower is not causal (no attention mask), so a prefix can't be shared"
-    causal = torch.full_like(mask, -torch.inf).triu(1)
-    if mask.shape != causal.mT.shape or not torch.equal(mask, causal):
+    if mask.ndim != 2 or not torch.equal(mask, torch.full_like(mask, -torch.inf).triu(1)):
         return "its text tower has an attention mask that is not CLIP's causal one"
     if class_token:
         return "its text tower reads a class token behind the padding (as in CoCa)"
