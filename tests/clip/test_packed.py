@@ -206,17 +206,22 @@ def test_autocast_is_as_precise_as_the_padded_tower(model, layout):
 
 
 def check_precision(model, layout, wrap):
-    """Against the same weights in fp64. Rounding is by chance, hence a margin, and many classes."""
-    names = [f"{name} {i}" for name in NAMES for i in range(8)]
-    inputs = leaves(layout, len(names), 64, torch.float32)
+    """Against the same weights in fp64. Rounding errors are by chance: their mean over draws."""
+    names = [f"{name} {i}" for name in NAMES for i in range(4)]
     double = copy.deepcopy(model).double()
-    exact = with_gradients(
-        lambda *x: padded(double, layout, names, *x), [x.double() for x in inputs]
-    )
-    ours = with_gradients(wrap(lambda *x: packed(TextTower(model), layout, names, *x)), inputs)
-    theirs = with_gradients(wrap(lambda *x: padded(model, layout, names, *x)), inputs)
-    for our_error, their_error in zip(errors(ours, exact), errors(theirs, exact), strict=True):
-        assert our_error <= 1.25 * their_error, (errors(ours, exact), errors(theirs, exact))
+    ours, theirs = [], []
+    for seed in range(4):
+        inputs = leaves(layout, len(names), 64, torch.float32, seed)
+        exact = with_gradients(
+            lambda *x: padded(double, layout, names, *x), [x.double() for x in inputs]
+        )
+        for found, encode in (
+            (ours, lambda *x: packed(TextTower(model), layout, names, *x)),
+            (theirs, lambda *x: padded(model, layout, names, *x)),
+        ):
+            found.append(errors(with_gradients(wrap(encode), inputs), exact))
+    ours, theirs = (torch.tensor(x).square().mean(0).sqrt() for x in (ours, theirs))
+    assert bool((ours <= 1.15 * theirs).all()), (ours, theirs)
 
 
 WORDS = st.text(st.sampled_from("abcdefgh éß猫🐈'-_0123456789"), min_size=1, max_size=30)
@@ -246,10 +251,12 @@ def test_any_names(model, names, position, per, n_ctx):
             torch.testing.assert_close(a, e, atol=1e-5 * float(e.abs().max()), rtol=0)
 
 
-def test_a_name_of_forty_tokens_beside_one_of_one(model):
+def test_a_name_of_forty_tokens_beside_one_of_one():
     long_model = open_clip.model.CLIP(
         embed_dim=16,
-        vision_cfg=open_clip.CLIPVisionCfg(image_size=32, layers=1, width=32, patch_size=16),
+        vision_cfg=open_clip.CLIPVisionCfg(
+            image_size=32, layers=1, width=32, head_width=16, patch_size=16
+        ),
         text_cfg=open_clip.CLIPTextCfg(context_length=77, width=32, heads=2, layers=2),
     ).requires_grad_(False)
     names = ["cat", " ".join(["cat"] * 40), "dog"]

@@ -97,6 +97,8 @@ class PromptLayout:
         """The context vectors that stand in ``context_rows``, from [n, d] or one set a class or
         image."""
         each = context if context.ndim == 3 else context[None]
+        if self.n_ctx == 0:
+            return each.flatten(0, 1)
         of_prefix, of_runs = each[:, : self.in_prefix], each[:, self.in_prefix :]
         if self.in_prefix == self.n_ctx:
             return of_prefix.expand(self.runs.prefixes, -1, -1).flatten(0, 1)

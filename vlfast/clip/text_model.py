@@ -1,119 +1,148 @@
-"""What the text tower reads of a CLIP model: a small adapter, so that every layout looks alike."""
+"""What the text tower reads of a model: a small adapter, so that every layout looks alike."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+
+# What these compute has been read; any other class is tried before it is trusted.
+_READ = {
+    "open_clip.model.CLIP",
+    "open_clip.model.CustomTextCLIP",
+    "open_clip.coca_model.CoCa",
+    "open_clip.transformer.TextTransformer",
+    "open_clip.transformer.Transformer",
+    "open_clip.transformer.ResidualAttentionBlock",
+}
+_NEEDS_WHOLE = "which needs whole sequences"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TextModel:
-    """The parts of a causal CLIP text tower. Nothing is copied: the modules are the model's own.
+    """The parts of a model's text tower. Nothing is copied: the modules are the model's own.
 
-    token_embedding: [V, d]. positional_embedding: [L, d]. blocks: called as
-    ``block(x, attn_mask=mask)`` on [N, L, d] if ``batch_first``, else on [L, N, d].
-    ln_final: on [..., d]. text_projection: [d, D], a Linear, or None.
+    model: whose ``encode`` it is. tower: the module that holds the parts, the model itself or one
+    in it. token_embedding: [V, d]. positional_embedding: [L, d], or None where the tower adds
+    positions in another way. blocks: the layers, none where they can't be reached; they take
+    [N, L, d] if ``batch_first``, else [L, N, d]. ln_final: on [..., d]. text_projection: [d, D], a
+    module, or None. context_length: the most tokens in a sequence; fixed_length: whether each is
+    padded to that many. causal: whether no token sees a later one. pool_type: which token is read,
+    by open_clip's names. pad_id, eos_id: what the tower itself takes for padding and for the end.
+    whole: why the tower as such needs whole sequences, or None.
     """
 
     model: nn.Module
-    token_embedding: nn.Embedding
-    positional_embedding: nn.Parameter
+    tower: nn.Module
+    token_embedding: nn.Module
+    positional_embedding: nn.Parameter | None
     blocks: Sequence[nn.Module]
-    ln_final: nn.Module
-    text_projection: nn.Parameter | nn.Linear | None
     batch_first: bool
+    ln_final: nn.Module | None
+    text_projection: nn.Parameter | nn.Module | None
+    context_length: int
+    fixed_length: bool
+    causal: bool
+    pool_type: str
+    pad_id: int | None
+    eos_id: int | None
+    whole: str | None
+    _tried: dict[nn.Module, str | None] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, model: nn.Module) -> TextModel:
-        """Read an open_clip CLIP, or a CustomTextCLIP whose text tower is causal and reads EOT.
+        """Read a CLIP of open_clip (CLIP, CustomTextCLIP, CoCa), of OpenAI's layout or of Hugging
+        Face's (CLIPModel, SiglipModel).
 
-        Raises ValueError with the reason for a model whose text tower is of another kind.
+        Raises ValueError with the reason for a model without a text tower that we can read.
         """
-        text = model
-        if not hasattr(model, "token_embedding"):
-            text = getattr(model, "text", None)
-        parts = ("token_embedding", "positional_embedding", "transformer", "ln_final")
-        missing = [part for part in parts if not hasattr(text, part)]
-        if missing:
-            raise ValueError(
-                f"model: {type(model).__name__} has no {', '.join(missing)}, so its text tower "
-                "is not a CLIP transformer that prompts can be learned for"
-            )
-        if getattr(text, "attn_mask", None) is None:
-            raise ValueError(
-                "model: its text tower is not causal (no attention mask, as in SigLIP), "
-                "which is not supported yet"
-            )
-        if getattr(text, "cls_emb", None) is not None:
-            raise ValueError(
-                "model: its text tower reads a class token instead of EOT (as in CoCa), "
-                "which is not supported yet"
-            )
-        pool = getattr(text, "text_pool_type", None) or getattr(text, "pool_type", "argmax")
-        if pool not in ("argmax", "eos"):
-            raise ValueError(
-                f"model: its text tower pools by {pool!r}, expected the EOT position "
-                "('argmax' or 'eos')"
-            )
-        return cls(
-            model=model,
-            token_embedding=text.token_embedding,
-            positional_embedding=text.positional_embedding,
-            blocks=list(text.transformer.resblocks),
-            ln_final=text.ln_final,
-            text_projection=text.text_projection,
-            batch_first=getattr(text.transformer, "batch_first", False),
-        )
-
-    def why_padded(self) -> str | None:
-        return None
-
-    def qkv(self, layer: int, x: Tensor) -> Tensor:
-        attn = self.blocks[layer].attn
-        x = self.blocks[layer].ln_1(x)
-        x = nn.functional.linear(x, attn.in_proj_weight, attn.in_proj_bias)
-        return x.unflatten(-1, (3, attn.num_heads, -1))
-
-    def finish_block(self, layer: int, x: Tensor, attended: Tensor) -> Tensor:
-        block = self.blocks[layer]
-        out = block.attn.out_proj
-        x = x + block.ls_1(nn.functional.linear(attended.flatten(1), out.weight, out.bias))
-        return x + block.ls_2(block.mlp(block.ln_2(x)))
-
-    def weights(self) -> list[Tensor]:
-        """The parameters that text features come from."""
-        outside = ("visual.", "vision_", "visual_", "logit_")
-        named = self.model.named_parameters()
-        return [weight for name, weight in named if not name.startswith(outside)]
-
-    def pool(self, x: Tensor) -> Tensor:
-        return self.project(self.ln_final(x))
-
-    @property
-    def depth(self) -> int:
-        return len(self.blocks)
+        if hasattr(model, "get_text_features") and hasattr(model, "text_model"):
+            return cls(**_hugging_face_clip(model))
+        tower = model if hasattr(model, "token_embedding") else getattr(model, "text", None)
+        if hasattr(getattr(tower, "transformer", None), "get_input_embeddings"):
+            return cls(**_hugging_face_encoder(model, tower))
+        text = cls(**_clip(model, tower))
+        # The first answer is the slow one: it tries what it does not know.
+        text.why_padded()
+        return text
 
     @property
     def width(self) -> int:
         return self.token_embedding.weight.shape[1]
 
     @property
-    def context_length(self) -> int:
-        return self.positional_embedding.shape[0]
+    def depth(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def heads(self) -> int:
+        """Of the first block; a tower that serves only whole sequences need not tell."""
+        return self.blocks[0].attn.num_heads
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype the blocks compute in (half-precision checkpoints keep it in their linears)."""
+        weights = (p for block in self.blocks for p in block.parameters() if p.ndim == 2)
         return next(
-            p for n, p in self.blocks[0].named_parameters() if n.endswith("weight") and p.ndim == 2
+            (p for p in weights if p.is_floating_point()), self.token_embedding.weight
         ).dtype
 
     @property
     def device(self) -> torch.device:
         return self.token_embedding.weight.device
+
+    @property
+    def input_embedding(self) -> nn.Module:
+        """The module whose output is the token embeddings of whole sequences, [C, L, d]."""
+        return self.token_embedding
+
+    def encode(self, ids: Tensor) -> Tensor:
+        """Features [C, D], not normalised, of whole sequences [C, L], by the model itself."""
+        if hasattr(self.model, "get_text_features"):
+            features = self.model.get_text_features(input_ids=ids)
+            features = getattr(features, "pooler_output", features)
+        elif not hasattr(self.model, "encode_text"):
+            features = self.model(ids)
+        elif "normalize" in signature(self.model.encode_text).parameters:
+            features = self.model.encode_text(ids, normalize=False)
+        else:
+            features = self.model.encode_text(ids)
+        return features[0] if isinstance(features, tuple) else features
+
+    def qkv(self, layer: int, x: Tensor) -> Tensor:
+        """Queries, keys and values of rows [M, d] in block ``layer``: [M, 3, H, E]."""
+        block = self.blocks[layer]
+        attn = block.attn
+        rows = functional.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)
+        return rows.unflatten(1, (3, attn.num_heads, -1))
+
+    def finish_block(self, layer: int, x: Tensor, attended: Tensor) -> Tensor:
+        """What block ``layer`` makes of rows x [M, d] that attended to [M, H, E]: [M, d]."""
+        block = self.blocks[layer]
+        # nn.MultiheadAttention reads the parameters of its out_proj and never calls it.
+        out = block.attn.out_proj
+        attended = functional.linear(attended.flatten(1), out.weight, out.bias)
+        scale_1, scale_2 = block._modules.get("ls_1"), block._modules.get("ls_2")
+        x = x + (attended if scale_1 is None else scale_1(attended))
+        hidden = block.mlp(block.ln_2(x))
+        return x + (hidden if scale_2 is None else scale_2(hidden))
+
+    def pool(self, x: Tensor) -> Tensor:
+        """Rows [R, d] at EOT, after the last block, to the joint space: [R, D]."""
+        return self.project(self.ln_final(x))
+
+    def project(self, x: Tensor) -> Tensor:
+        """Hidden states [..., d] after ``ln_final`` to the joint space [..., D]."""
+        if self.text_projection is None:
+            return x
+        if isinstance(self.text_projection, nn.Module):
+            return self.text_projection(x)
+        return x @ self.text_projection
 
     def run_block(self, layer: int, x: Tensor, mask: Tensor) -> Tensor:
         """Block ``layer`` on x [N, L, d] with an additive mask [L, L]."""
@@ -121,10 +150,289 @@ class TextModel:
             return self.blocks[layer](x, attn_mask=mask)
         return self.blocks[layer](x.transpose(0, 1), attn_mask=mask).transpose(0, 1)
 
-    def project(self, x: Tensor) -> Tensor:
-        """Hidden states [..., d] after ``ln_final`` to the joint space [..., D]."""
-        if self.text_projection is None:
-            return x
-        if isinstance(self.text_projection, nn.Linear):
-            return self.text_projection(x)
-        return x @ self.text_projection
+    def weights(self) -> list[Tensor]:
+        """The parameters that text features come from, as they are at this moment."""
+        outside = ("visual.", "vision_", "visual_", "logit_")
+        named = self.model.named_parameters()
+        return [weight for name, weight in named if not name.startswith(outside)]
+
+    def why_padded(self) -> str | None:
+        """None where rows of tokens may go through the blocks one run behind another; else why the
+        model needs whole sequences. Asked at each call, since hooks come and go."""
+        if self.whole is not None:
+            return self.whole
+        called = self.tower is not self.model or not hasattr(self.model, "encode_text")
+        if called and (found := _interference(self.tower)):
+            return f"its text tower {found}"
+        if found := _interference(self.tower.transformer):
+            return f"transformer {found}"
+        for layer, block in enumerate(self.blocks):
+            if found := _why_block_whole(block):
+                return f"transformer.resblocks[{layer}]{found}"
+            if block not in self._tried:
+                self._tried[block] = self._try_block(layer)
+            if found := self._tried[block]:
+                return f"transformer.resblocks[{layer}] {found}"
+        if self.model not in self._tried:
+            self._tried[self.model] = self._try_tower()
+        return self._tried[self.model]
+
+    def _try_block(self, layer: int) -> str | None:
+        """Why block ``layer`` does not compute what ``qkv`` and ``finish_block`` do, or None."""
+        block = self.blocks[layer]
+        if _is_read(block):
+            return None
+        kind = _kind(block)
+        for other, verdict in self._tried.items():
+            if _kind(other) == kind:
+                return verdict
+        mask = getattr(block, "attn_mask", None)
+        length = 8 if mask is None else mask.shape[-1]
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(2, length, self.width, generator=generator).to(self.device, self.dtype)
+
+        def theirs() -> Tensor:
+            given = x if self.batch_first else x.transpose(0, 1)
+            made = block(given) if hasattr(block, "attn_mask") else block(given, attn_mask=causal)
+            return (made if self.batch_first else made.transpose(0, 1)) - x
+
+        def ours() -> Tensor:
+            return torch.stack([self._run_rows(layer, rows) - rows for rows in x])
+
+        causal = torch.full((length, length), -torch.inf, device=x.device, dtype=x.dtype).triu(1)
+        return _differ(
+            ours,
+            theirs,
+            # What a block adds may be far smaller than what it adds it to, whose rounding remains.
+            slack=4 * torch.finfo(x.dtype).eps * float(x.abs().max()),
+            device=x.device,
+            what=f"is a {type(block).__name__}, which computes something else than CLIP's block",
+        )
+
+    def _try_tower(self) -> str | None:
+        """Why the tower does not compute what its parts do when taken one by one, or None."""
+        parts = (self.model, self.tower, self.tower.transformer)
+        if all(_is_read(part) for part in parts):
+            return None
+        words = self.token_embedding.weight.shape[0]
+        eot = self.context_length // 2
+        ids = torch.zeros(1, self.context_length, dtype=torch.int64)
+        ids[0, :eot] = torch.randint(words - 1, (eot,), generator=torch.Generator().manual_seed(0))
+        ids[0, eot] = words - 1
+        ids = ids.to(self.device)
+
+        def ours() -> Tensor:
+            x = self.token_embedding(ids[0]).to(self.dtype)
+            x = x + self.positional_embedding.to(self.dtype)
+            for layer in range(self.depth):
+                x = self._run_rows(layer, x)
+            return self.pool(x[eot : eot + 1])
+
+        return _differ(
+            ours,
+            lambda: self.encode(ids),
+            slack=0.0,
+            device=ids.device,
+            what=f"its {type(self.model).__name__} computes something else than CLIP's text tower",
+        )
+
+    def _run_rows(self, layer: int, x: Tensor) -> Tensor:
+        """Block ``layer`` on one sequence [L, d], each token seeing those up to itself."""
+        query, key, value = self.qkv(layer, x).unbind(1)
+        attended = functional.scaled_dot_product_attention(
+            query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), is_causal=True
+        )
+        return self.finish_block(layer, x, attended.transpose(0, 1))
+
+
+def _clip(model: nn.Module, tower: nn.Module | None) -> dict[str, Any]:
+    """What TextModel holds of open_clip's layout, or of OpenAI's, which it follows."""
+    parts = ("token_embedding", "positional_embedding", "transformer", "ln_final")
+    missing = [part for part in parts if not hasattr(tower, part)]
+    if missing:
+        raise ValueError(
+            f"model: {type(model).__name__} has no {', '.join(missing)}, so its text tower "
+            "is not a CLIP transformer that prompts can be learned for"
+        )
+    transformer = tower.transformer
+    blocks = getattr(transformer, "resblocks", None)
+    if not blocks:
+        raise ValueError(f"model: {type(model).__name__} has no transformer.resblocks to learn for")
+    # In OpenAI's layout each block holds the mask, and nn.MultiheadAttention the order of axes.
+    attn = getattr(blocks[0], "attn", None)
+    mask = getattr(tower, "attn_mask", getattr(blocks[0], "attn_mask", None))
+    batch_first = getattr(transformer, "batch_first", getattr(attn, "batch_first", True))
+    class_token = getattr(tower, "cls_emb", None) is not None
+    pool_type = getattr(tower, "text_pool_type", getattr(tower, "pool_type", "argmax"))
+    return {
+        "model": model,
+        "tower": tower,
+        "token_embedding": tower.token_embedding,
+        "positional_embedding": tower.positional_embedding,
+        "blocks": blocks,
+        "batch_first": batch_first,
+        "ln_final": tower.ln_final,
+        "text_projection": getattr(tower, "text_projection", None),
+        "context_length": len(tower.positional_embedding) - class_token,
+        "fixed_length": True,
+        "causal": mask is not None,
+        "pool_type": "last" if class_token else pool_type,
+        "pad_id": getattr(tower, "pad_id", None),
+        "eos_id": getattr(tower, "text_eos_id", getattr(tower, "eos_id", None)),
+        "whole": _why_whole(mask, class_token, pool_type),
+    }
+
+
+def _hugging_face_clip(model: nn.Module) -> dict[str, Any]:
+    """What TextModel holds of transformers' CLIPModel and SiglipModel."""
+    kind, config = model.config.model_type, model.config.text_config
+    if kind not in ("clip", "metaclip_2", "siglip", "siglip2"):
+        raise ValueError(
+            f"model: {type(model).__name__} is a Hugging Face model of type {kind!r}, "
+            "of which clip, metaclip_2, siglip and siglip2 serve"
+        )
+    tower, causal = model.text_model, "clip" in kind and "siglip" not in kind
+    return {
+        "model": model,
+        "tower": tower,
+        "token_embedding": tower.embeddings.token_embedding,
+        "positional_embedding": None,
+        "blocks": tower.encoder.layers,
+        "batch_first": True,
+        "ln_final": tower.final_layer_norm,
+        "text_projection": None,
+        "context_length": config.max_position_embeddings,
+        # SigLIP reads the last token, whatever it is.
+        "fixed_length": not causal,
+        "causal": causal,
+        "pool_type": "eos" if causal else "last",
+        "pad_id": config.pad_token_id,
+        "eos_id": config.eos_token_id,
+        "whole": "it is a Hugging Face model",
+    }
+
+
+def _hugging_face_encoder(model: nn.Module, tower: nn.Module) -> dict[str, Any]:
+    """What TextModel holds of open_clip's HFTextEncoder."""
+    config, inner = tower.config, tower.transformer
+    inside = getattr(inner, "encoder", inner)
+    names = [name for name in ("layers", "layer", "block") if hasattr(inside, name)]
+    # Where positions are relative (T5) there is no limit but what such models were trained with.
+    positions = getattr(config, "max_position_embeddings", None) or 512
+    if "roberta" in config.model_type:
+        positions -= config.pad_token_id + 1
+    return {
+        "model": model,
+        "tower": tower,
+        "token_embedding": inner.get_input_embeddings(),
+        "positional_embedding": None,
+        "blocks": getattr(inside, names[0]) if names else (),
+        "batch_first": True,
+        "ln_final": None,
+        "text_projection": None,
+        "context_length": positions,
+        # It masks the padding.
+        "fixed_length": False,
+        "causal": False,
+        "pool_type": "none",
+        "pad_id": config.pad_token_id,
+        "eos_id": config.eos_token_id,
+        "whole": "its text tower is a Hugging Face model",
+    }
+
+
+def _why_whole(mask: Tensor | None, class_token: bool, pool_type: str) -> str | None:
+    """Why a tower with these traits can't be run without padding, or None."""
+    if mask is None:
+        return "its text tower is not causal (no attention mask), so a prefix can't be shared"
+    if mask.ndim != 2 or not torch.equal(mask, torch.full_like(mask, -torch.inf).triu(1)):
+        return "its text tower has an attention mask that is not CLIP's causal one"
+    if class_token:
+        return "its text tower reads a class token behind the padding (as in CoCa)"
+    if pool_type not in ("argmax", "eos"):
+        return f"it pools the {pool_type} token"
+    return None
+
+
+def _why_block_whole(block: nn.Module) -> str | None:
+    """What of a block, in its present state, rules out running it on packed rows."""
+    if found := _interference(block):
+        return f" {found}"
+    modules = block._modules
+    attn, mlp = modules.get("attn"), modules.get("mlp")
+    if type(attn).forward is not nn.MultiheadAttention.forward:
+        return f".attn is a {type(attn).__name__}, not an nn.MultiheadAttention"
+    if found := _interference(attn):
+        return f".attn {found}"
+    if not attn._qkv_same_embed_dim:
+        return ".attn has separate weights for queries, keys and values"
+    if attn.bias_k is not None or attn.add_zero_attn:
+        return ".attn attends to a bias or to zeros beside the tokens"
+    if mlp is None or "ln_1" not in modules or "ln_2" not in modules:
+        return f" is a {type(block).__name__}, which is not made of ln_1, attn, ln_2 and mlp"
+    training = attn.training or block.training or mlp.training
+    if training or any(module.training for module in mlp._modules.values()):
+        if attn.training and attn.dropout > 0:
+            return ".attn has dropout in training mode"
+        if any(_drops(module) for module in block.modules()):
+            return " has dropout in training mode"
+    return None
+
+
+def _interference(module: nn.Module) -> str | None:
+    """What is done around a module when it is called, which taking it apart would skip."""
+    state = module.__dict__
+    if state["_forward_hooks"] or state["_forward_pre_hooks"]:
+        return f"has a forward hook, {_NEEDS_WHOLE}"
+    if state["_backward_hooks"] or state["_backward_pre_hooks"]:
+        return f"has a backward hook, {_NEEDS_WHOLE}"
+    if "forward" in state:
+        return f"has a forward of its own instance, {_NEEDS_WHOLE}"
+    return None
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether it is a dropout (of units or of paths) that is at work."""
+    if not module.training or "Drop" not in type(module).__name__:
+        return False
+    return (getattr(module, "p", None) or getattr(module, "drop_prob", None) or 0) > 0
+
+
+def _is_read(module: nn.Module) -> bool:
+    changed = {"forward", "encode_text", "attention"} & module.__dict__.keys()
+    return f"{type(module).__module__}.{type(module).__qualname__}" in _READ and not changed
+
+
+def _kind(block: nn.Module) -> tuple[object, ...]:
+    """Equal for blocks that were built alike: forks give blocks of one class different tasks."""
+    plain = (bool, int, float, str, type(None))
+    options = {k: v for k, v in vars(block).items() if k != "training" and isinstance(v, plain)}
+    parts = [name for name, _ in block.named_parameters()]
+    return type(block), tuple(sorted(options.items())), tuple(parts)
+
+
+@torch.no_grad()
+def _differ(
+    ours: Callable[[], Tensor],
+    theirs: Callable[[], Tensor],
+    *,
+    slack: float,
+    device: torch.device,
+    what: str,
+) -> str | None:
+    """``what``, unless both give the same but for rounding."""
+    try:
+        with torch.autocast(device.type, enabled=False):
+            expected, found = theirs(), ours()
+        # Matrix products may round to TF32 where the dtype is fp32.
+        tolerance = max(16 * torch.finfo(expected.dtype).eps, 2e-3)
+        expected, found = expected.double(), found.double()
+        limit = tolerance * float(expected.abs().max()) + slack
+        same = expected.shape == found.shape and float((found - expected).abs().max()) <= limit
+    except Exception as error:
+        return f"{what} (tried on random input: {_first_line(error)})"
+    return None if same else what
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

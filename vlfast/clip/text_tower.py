@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from vlfast.clip.feature_cache import FeatureCache
 from vlfast.clip.packed import encode_packed
+from vlfast.clip.padded import encode_padded
 from vlfast.clip.text_model import TextModel
 from vlfast.clip.text_output import Per, Position, TextOutput
-from vlfast.clip.tokens import PromptTokens, Tokenizer, tokenize_names
+from vlfast.clip.tokens import PromptTokens, Tokenizer, as_tokenizer, tokenize_names
 
 
 class TextTower:
@@ -47,7 +48,7 @@ class TextTower:
 
             tokenizer = SimpleTokenizer()
         self.text = TextModel.of(model)
-        self.tokenizer = tokenizer
+        self.tokenizer = as_tokenizer(tokenizer)
         self.max_memory = max_memory
         self._hard_features: WeakKeyDictionary[PromptTokens, FeatureCache] = WeakKeyDictionary()
 
@@ -66,7 +67,7 @@ class TextTower:
 
     def explain(self) -> str:
         """Which path encodes prompts at this moment, and why."""
-        reason = self.text.why_padded()
+        reason = self._why_padded(self.tokenizer.sot_token_id)
         if reason is None:
             return (
                 "packed: what all classes share is encoded once, and the rest of each without "
@@ -145,15 +146,15 @@ class TextTower:
         position: Position = "end",
         deep: Sequence[Tensor] = (),
     ) -> TextOutput:
-        return encode_packed(
-            self.text,
-            context,
-            tokens,
-            per=per,
-            position=position,
-            deep=deep,
-            max_memory=self.max_memory,
-        )
+        how = {"per": per, "position": position, "deep": deep}
+        if self._why_padded(tokens.sot) is not None:
+            return encode_padded(self.text, context, tokens, **how)
+        return encode_packed(self.text, context, tokens, max_memory=self.max_memory, **how)
+
+    def _why_padded(self, sot: int | None) -> str | None:
+        if sot is None:
+            return "its texts have no start token, which a prefix could begin with"
+        return self.text.why_padded()
 
     def _learns_weights(self) -> bool:
         return torch.is_grad_enabled() and any(w.requires_grad for w in self.text.weights())

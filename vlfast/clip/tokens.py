@@ -21,14 +21,93 @@ _BY_NUMBER: WeakValueDictionary[int, PromptTokens] = WeakValueDictionary()
 
 
 class Tokenizer(Protocol):
-    """What the text tower needs of a tokenizer; open_clip's SimpleTokenizer has it."""
+    """What the text tower needs of a tokenizer; open_clip's SimpleTokenizer has it.
 
-    sot_token_id: int
+    sot_token_id: what every text begins with, None for nothing. eot_token_id: what it ends with. A
+    ``pad_token_id`` beside them says what fills up a sequence, which is 0 without one.
+    """
+
+    sot_token_id: int | None
     eot_token_id: int
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        """The tokens between start and end. A space in front says that other text precedes."""
+        ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
+
+
+def as_tokenizer(tokenizer: Any) -> Tokenizer:
+    """A tokenizer of open_clip (SimpleTokenizer, HFTokenizer, SigLipTokenizer) or of transformers,
+    or one that is a Tokenizer already.
+
+    Raises TypeError for anything else, ValueError for one that frames texts with more than a start
+    token and an end token.
+    """
+    inner = getattr(tokenizer, "tokenizer", tokenizer)
+    if hasattr(inner, "convert_ids_to_tokens"):
+        return HuggingFaceTokenizer(tokenizer, inner)
+    if hasattr(tokenizer, "eot_token_id"):
+        return tokenizer
+    raise TypeError(
+        f"tokenizer: expected one of open_clip or of transformers, got {type(tokenizer).__name__}"
+    )
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer of transformers, alone or in open_clip's wrapper, which cleans texts.
+
+    The special tokens are those it puts around a text itself.
+    """
+
+    def __init__(self, wrapper: Any, inner: Any) -> None:
+        if getattr(wrapper, "tokenizer_mode", ""):
+            raise ValueError(
+                f"tokenizer: its mode {wrapper.tokenizer_mode!r}, with a class token behind the "
+                "padding, is not supported"
+            )
+        self._inner = inner
+        self._clean = _cleaning(wrapper)
+        plain = inner.encode("a", add_special_tokens=False)
+        framed = inner.encode("a", add_special_tokens=True)
+        starts = range(len(framed) - len(plain) + 1)
+        start = next((i for i in starts if framed[i : i + len(plain)] == plain), 0)
+        before, after = framed[:start], framed[start + len(plain) :]
+        if len(before) > 1 or len(after) != 1:
+            raise ValueError(
+                "tokenizer: expected at most one token before a text and one after it, got "
+                f"{inner.convert_ids_to_tokens(before)} and {inner.convert_ids_to_tokens(after)}"
+            )
+        self.sot_token_id: int | None = before[0] if before else None
+        self.eot_token_id: int = after[0]
+        if getattr(wrapper, "strip_sep_token", False) and self.eot_token_id == inner.sep_token_id:
+            self.eot_token_id = 0
+        self.pad_token_id: int = 0 if inner.pad_token_id is None else inner.pad_token_id
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._inner)
+
+    def encode(self, text: str) -> list[int]:
+        clean = self._clean(text)
+        # Some vocabularies have a word with the space before it and without one.
+        if text[:1].isspace():
+            clean = " " + clean.lstrip()
+        return list(self._inner.encode(clean, add_special_tokens=False))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._inner.decode(list(ids))
+
+
+def _cleaning(wrapper: Any) -> Callable[[str], str]:
+    """What a wrapper of open_clip does to a text first."""
+    if hasattr(wrapper, "clean_fn"):
+        return wrapper.clean_fn
+    if type(wrapper).__name__ == "SigLipTokenizer":
+        from open_clip.tokenizer import get_clean_fn
+
+        return get_clean_fn("canonicalize")
+    return str.strip
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +118,8 @@ class PromptTokens:
     to and including EOT, padded with 0. lengths: int64 [C], how many of them count.
     name_lengths: int64 [C], tokens of the name itself. between: how many tokens at the front of
     every run stand between the context and the name ("of a" in IVLP and MaPLe). sot: the id of
-    the first token. has_context: whether the template names a context. separable: whether every
+    the first token, None where texts begin without one. pad: the id that fills up whole sequences.
+    has_context: whether the template names a context. separable: whether every
     name ends where a token ends (not in "{name}s"). longest: the class name with the most tokens,
     and how many its run has. What the tower asks at every step is kept as Python values, since
     reading it from a GPU would stall it.
@@ -50,7 +130,8 @@ class PromptTokens:
     lengths: Tensor
     name_lengths: Tensor
     between: int
-    sot: int
+    sot: int | None
+    pad: int
     has_context: bool
     separable: bool
     longest: tuple[str, int]
@@ -100,11 +181,12 @@ class PromptTokens:
     def check_fits(self, n_ctx: int, context_length: int) -> None:
         """Raise ValueError, naming the longest class, if SOS + n_ctx + its tokens do not fit."""
         name, length = self.longest
-        if 1 + n_ctx + length > context_length:
-            most = context_length - 1 - length
+        most = context_length - (self.sot is not None) - length
+        if n_ctx > most:
+            needed = n_ctx + context_length - most
             hint = f"the most that fits is n_ctx={most}" if most >= 0 else "shorten the name"
             raise ValueError(
-                f"n_ctx: {n_ctx} context tokens and the class {name!r} need {1 + n_ctx + length} "
+                f"n_ctx: {n_ctx} context tokens and the class {name!r} need {needed} "
                 f"tokens, but the text tower has {context_length}; {hint}"
             )
 
@@ -135,11 +217,12 @@ def _make_layout(
 _make_layout._dynamo_marked_constant = True
 
 
-def tokenize_names(tokenizer: Tokenizer, names: Sequence[str], template: str) -> PromptTokens:
+def tokenize_names(tokenizer: Any, names: Sequence[str], template: str) -> PromptTokens:
     """Lay out class names for ``template``.
 
-    template: ``"{ctx} {name}."`` for a learned context, with frozen words allowed between the two;
-    ``"a photo of a {name}."`` (no ``{ctx}``) for a hard prompt. Underscores in names become spaces.
+    tokenizer: any that ``as_tokenizer`` takes. template: ``"{ctx} {name}."`` for a learned context,
+    with frozen words allowed between the two; ``"a photo of a {name}."`` (no ``{ctx}``) for a hard
+    prompt. Underscores in names become spaces.
     Raises ValueError for an empty list, an empty name or a template of another form.
     """
     if isinstance(names, str) or not names:
@@ -148,22 +231,25 @@ def tokenize_names(tokenizer: Tokenizer, names: Sequence[str], template: str) ->
         raise ValueError(
             f"template: expected one {{name}} and at most one {{ctx}}, got {template!r}"
         )
+    tokenizer = as_tokenizer(tokenizer)
     has_context = "{ctx}" in template
     if has_context and not template.startswith("{ctx}"):
         raise ValueError(
             f"template: {{ctx}} stands directly after the start of the text, got {template!r}"
         )
-    words = template.removeprefix("{ctx}")
+    words = template.removeprefix("{ctx}") if has_context else template.lstrip()
     before, after = words.split("{name}")
-    between = tokenizer.encode(before.strip()) if before.strip() else []
+    between = tokenizer.encode(before.rstrip()) if before.strip() else []
+    gap = " " if before[-1:].isspace() else ""
 
     runs, name_lengths, separable = [], [], True
     for name in names:
         clean = name.replace("_", " ").strip()
         if not clean:
             raise ValueError(f"names: an empty class name at position {len(runs)}")
-        runs.append([*tokenizer.encode(f"{before}{clean}{after}".strip()), tokenizer.eot_token_id])
-        name_ids = tokenizer.encode(clean)
+        run = tokenizer.encode(f"{before}{clean}{after}".rstrip())
+        runs.append([*run, tokenizer.eot_token_id])
+        name_ids = tokenizer.encode(f"{gap}{clean}")
         name_lengths.append(len(name_ids))
         separable &= runs[-1][len(between) : len(between) + len(name_ids)] == name_ids
 
@@ -177,6 +263,7 @@ def tokenize_names(tokenizer: Tokenizer, names: Sequence[str], template: str) ->
         name_lengths=torch.tensor(name_lengths),
         between=len(between),
         sot=tokenizer.sot_token_id,
+        pad=getattr(tokenizer, "pad_token_id", 0),
         has_context=has_context,
         separable=separable,
         longest=max(zip(names, map(len, runs), strict=True), key=lambda pair: pair[1]),
