@@ -18,10 +18,8 @@ from vlfast.clip.tokens import PromptTokens
 SLICE = 128
 
 
-def why_padded(text: TextModel, tokens: PromptTokens) -> str | None:
-    """Why these prompts need whole sequences in this model, or None where packed rows serve."""
-    if (found := text.why_padded()) is not None:
-        return found
+def why_whole(text: TextModel, tokens: PromptTokens) -> str | None:
+    """Why these tokens need whole sequences in this model, or None where packed rows serve."""
     if tokens.sot is None:
         return "its tokenizer puts no start token before a text, so no prefix is shared"
     frozen = nn.functional.pad(tokens.suffix, (1, 0), value=tokens.sot)

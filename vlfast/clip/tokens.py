@@ -119,10 +119,10 @@ class PromptTokens:
     name_lengths: int64 [C], tokens of the name itself. between: how many tokens at the front of
     every run stand between the context and the name ("of a" in IVLP and MaPLe). sot: the id of
     the first token, None where texts begin without one. pad: the id that fills up whole sequences.
-    has_context: whether the template names a context. separable: whether every
-    name ends where a token ends (not in "{name}s"). longest: the class name with the most tokens,
-    and how many its run has. What the tower asks at every step is kept as Python values, since
-    reading it from a GPU would stall it.
+    has_context: whether the template names a context. separable: whether every name ends where a
+    token ends (not in "{name}s"). longest: the class name with the most tokens, and how many its
+    run has. whole: why they need whole sequences in the tower that they were made for, or None.
+    They stay on the CPU, where they can be read without stalling a GPU.
     """
 
     template: str
@@ -135,6 +135,7 @@ class PromptTokens:
     has_context: bool
     separable: bool
     longest: tuple[str, int]
+    whole: str | None = None
     _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
     _number: int = field(default_factory=_NUMBERS.__next__, init=False, repr=False)
 
