@@ -5,6 +5,7 @@
 #include "cpu/dispatch.h"
 #include "vlfast/gated_mixture.h"
 #include "vlfast/perplexity.h"
+#include "vlfast/prefix_attention.h"
 #include "vlfast/symmetric_kl.h"
 
 namespace py = pybind11;
@@ -113,6 +114,40 @@ void gated_mixture_cpu(int text_dtype, std::int64_t images, std::int64_t width, 
   vlfast::gated_mixture_cpu(problem, threads);
 }
 
+vlfast::PrefixAttention prefix_attention(int dtype, std::int64_t rows, std::int64_t heads,
+                                         std::int64_t width, std::int64_t runs,
+                                         std::int64_t prefixes, Address qkv, Address offsets,
+                                         double scale) {
+  vlfast::PrefixAttention problem{};
+  problem.dtype = static_cast<vlfast::DType>(dtype);
+  problem.rows = rows;
+  problem.heads = heads;
+  problem.width = width;
+  problem.runs = runs;
+  problem.prefixes = prefixes;
+  problem.qkv = pointer(qkv);
+  problem.offsets = static_cast<const std::int32_t*>(pointer(offsets));
+  problem.scale = scale;
+  return problem;
+}
+
+void prefix_attention_cpu(int dtype, std::int64_t rows, std::int64_t heads, std::int64_t width,
+                          std::int64_t runs, std::int64_t prefixes, Address qkv, Address offsets,
+                          double scale, Address output, Address log_normaliser, int threads) {
+  vlfast::prefix_attention_cpu(
+      prefix_attention(dtype, rows, heads, width, runs, prefixes, qkv, offsets, scale),
+      {pointer(output), static_cast<float*>(pointer(log_normaliser))}, threads);
+}
+
+void prefix_attention_backward_cpu(int dtype, std::int64_t rows, std::int64_t heads,
+                                   std::int64_t width, std::int64_t runs, std::int64_t prefixes,
+                                   Address qkv, Address offsets, double scale, Address to_output,
+                                   Address to_qkv, int threads) {
+  vlfast::prefix_attention_backward_cpu(
+      prefix_attention(dtype, rows, heads, width, runs, prefixes, qkv, offsets, scale),
+      {pointer(to_output), pointer(to_qkv)}, threads);
+}
+
 py::dict build_config() {
   py::dict config;
   config["compiler"] = __VERSION__;
@@ -137,6 +172,10 @@ PYBIND11_MODULE(_C, module) {
   define_symmetric_kl<int>(module, "symmetric_kl_cpu", &vlfast::symmetric_kl_cpu);
   define_perplexity<int>(module, "perplexity_cpu", &vlfast::perplexity_cpu);
   module.def("gated_mixture_cpu", &gated_mixture_cpu, py::call_guard<py::gil_scoped_release>());
+  module.def("prefix_attention_cpu", &prefix_attention_cpu,
+             py::call_guard<py::gil_scoped_release>());
+  module.def("prefix_attention_backward_cpu", &prefix_attention_backward_cpu,
+             py::call_guard<py::gil_scoped_release>());
 #ifdef VLFAST_HAS_CUDA
   define_symmetric_kl<Address>(module, "symmetric_kl_cuda",
                                [](const vlfast::SymmetricKL& problem, Address stream) {

@@ -51,6 +51,25 @@ VLFAST_INLINE void narrow(float x, BFloat16& to) {
   to.bits = static_cast<std::uint16_t>(x != x ? 0x7fc0u : to_nearest_even >> 16);
 }
 
+VLFAST_INLINE void narrow(float x, Float16& to) {
+  const std::uint32_t bits = bit_cast<std::uint32_t>(x);
+  const std::uint32_t magnitude = bits & 0x7fffffffu;
+  // Half's exponent, from 2^-14 on: below it the steps stay as wide. A sum with 2^13 times that
+  // power is rounded to such a step, and its low bits count them.
+  const std::uint32_t least = 113u << 23;
+  const std::uint32_t power = (magnitude < least ? least : magnitude) & 0x7f800000u;
+  const float rounder = bit_cast<float>(power + (13u << 23));
+  const float rounded = bit_cast<float>(magnitude) + rounder;
+  const std::uint32_t steps = bit_cast<std::uint32_t>(rounded) - bit_cast<std::uint32_t>(rounder);
+  const std::uint32_t finite = ((power - least) >> 13) + steps;
+  // 65520, halfway to the next power of 2, is the least that rounds to infinity.
+  const std::uint32_t value = magnitude < 0x477ff000u ? finite : 0x7c00u;
+  const std::uint32_t sign = (bits >> 16) & 0x8000u;
+  to.bits = static_cast<std::uint16_t>(sign | (x != x ? 0x7e00u : value));
+}
+
+VLFAST_INLINE void narrow(float x, float& to) { to = x; }
+
 // exp(x) for x <= 0, to about 1 ulp; 0 where the result would be denormal, NaN for NaN.
 VLFAST_INLINE float exp_negative(float x) {
   constexpr float kLowest = -87;

@@ -150,6 +150,12 @@ class TextModel:
             return self.blocks[layer](x, attn_mask=mask)
         return self.blocks[layer](x.transpose(0, 1), attn_mask=mask).transpose(0, 1)
 
+    def weights(self) -> list[Tensor]:
+        """The parameters that text features come from, as they are at this moment."""
+        outside = ("visual.", "vision_", "visual_", "logit_")
+        named = self.model.named_parameters()
+        return [weight for name, weight in named if not name.startswith(outside)]
+
     def why_padded(self) -> str | None:
         """None where rows of tokens may go through the blocks one run behind another; else why the
         model needs whole sequences. Asked at each call, since hooks come and go."""

@@ -3,52 +3,77 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from vlfast.clip.feature_cache import FeatureCache
+from vlfast.clip.packed import encode_packed
+from vlfast.clip.padded import encode_padded
 from vlfast.clip.text_model import TextModel
-from vlfast.clip.tokens import PromptTokens, Tokenizer, tokenize_names
-
-Per = Literal["all", "class", "image"]
-Position = Literal["end", "middle", "front"]
-
-
-@dataclass(frozen=True)
-class TextOutput:
-    """features: [C, D], or [B, C, D] for ``per="image"``; not normalised.
-
-    context_states: the states (after ``ln_final``, before the projection) that predict the context
-    vectors, row i for vector i: [n, d] (per "all", position "end"), [B, n, d] (per "image"), else
-    [C, n, d]. None without a context.
-    """
-
-    features: Tensor
-    context_states: Tensor | None
+from vlfast.clip.text_output import Per, Position, TextOutput
+from vlfast.clip.tokens import PromptTokens, Tokenizer, as_tokenizer, tokenize_names
 
 
 class TextTower:
-    """Encodes class names behind a learned context with the text tower of an open_clip CLIP.
+    """Encodes class names behind a learned context with the text tower of a CLIP.
+
+    What all classes share, SOS and their common context, is encoded once, and the rest of every
+    class behind it, up to EOT, without padding: the tower is causal and only EOT is read, so that
+    features and gradients are those of whole padded sequences. Towers of another kind get the
+    whole sequences; ``explain()`` tells.
 
     The model's own modules do the work: no weights are copied, and gradients reach the context.
     Freeze the model first (``model.requires_grad_(False)``), or its weights get gradients too.
-    Every sequence is cut after the longest EOT, which changes nothing: the tower is causal and
-    only EOT is read.
 
-    model: an open_clip CLIP or CustomTextCLIP. tokenizer: with ``encode``, ``decode``,
-    ``sot_token_id`` and ``eot_token_id``; open_clip's SimpleTokenizer by default. Raises
-    ValueError, with the reason, for a model whose text tower can't serve.
+    model: an open_clip CLIP or CustomTextCLIP, an openai/CLIP, or a transformers CLIPModel.
+    tokenizer: open_clip's SimpleTokenizer by default; see ``as_tokenizer`` for others. max_memory:
+    bytes that encoding may take at a time. Images and classes then go in chunks, and what a chunk
+    keeps for its backward is computed again; None, the default, takes all at once. It may be set
+    later on. Raises ValueError, with the reason, for a model without a text tower that prompts can
+    be learned for.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer | None = None,
+        *,
+        max_memory: int | None = None,
+    ) -> None:
         if tokenizer is None:
             from open_clip.tokenizer import SimpleTokenizer
 
             tokenizer = SimpleTokenizer()
         self.text = TextModel.of(model)
-        self.tokenizer = tokenizer
+        self.tokenizer = as_tokenizer(tokenizer)
+        self.max_memory = max_memory
+        self._hard_features: WeakKeyDictionary[PromptTokens, FeatureCache] = WeakKeyDictionary()
+
+    @property
+    def max_memory(self) -> int | None:
+        """Bytes that encoding may take at a time; None for no limit."""
+        return self._max_memory
+
+    @max_memory.setter
+    def max_memory(self, value: int | None) -> None:
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise TypeError(f"max_memory: expected bytes or None, got {value!r}")
+        if value is not None and value < 1:
+            raise ValueError(f"max_memory: expected at least 1 byte, got {value}")
+        self._max_memory = value
+
+    def explain(self) -> str:
+        """Which path encodes prompts at this moment, and why."""
+        reason = self._why_padded(self.tokenizer.sot_token_id)
+        if reason is None:
+            return (
+                "packed: what all classes share is encoded once, and the rest of each without "
+                "padding"
+            )
+        return f"padded: every class is a whole sequence of {self.context_length}, since {reason}"
 
     @property
     def width(self) -> int:
@@ -67,7 +92,7 @@ class TextTower:
 
     def tokenize(self, names: Sequence[str], template: str = "{ctx} {name}.") -> PromptTokens:
         """Lay out class names; see ``tokenize_names``. Do it once, outside the training loop."""
-        return tokenize_names(self.tokenizer, names, template).to(self.text.device)
+        return tokenize_names(self.tokenizer, names, template)
 
     def embed_words(self, words: str) -> Tensor:
         """The token embeddings of ``words``, [n, d]: what a context starts from."""
@@ -90,7 +115,11 @@ class TextTower:
         [B, n, d] one an image (per "image"), or None for a hard prompt. tokens: from
         ``tokenize``. position: where the class name stands; "middle" puts n // 2 vectors before
         it. deep: tensors [n, d]; entry l replaces positions 1..n at the input of block l + 1.
-        index: int64 [K], encode only these classes (rows of a per-class context follow it).
+        index: int64 [K], encode only these classes (rows of a per-class context follow it). An
+        index on the CPU costs no synchronisation with a GPU.
+
+        A hard prompt's features are computed once for the same ``tokens``, and again only where a
+        weight has changed.
 
         Gradients come back in the context's dtype. Raises ValueError or TypeError, naming the
         argument, for shapes that do not fit and for deep or conditional prompts with a position
@@ -98,58 +127,42 @@ class TextTower:
         """
         deep = list(deep or ())
         self._check(context, tokens, per, position, deep, index)
+        if context is None and not self._learns_weights():
+            features = self._features_of_hard_prompt(tokens)
+            if index is not None:
+                features = features[index.to(features.device)]
+            return TextOutput(features, None)
         if index is not None:
             tokens = tokens.select(index)
-            if context is not None and per == "class":
+            if per == "class":
                 context = context[index.to(context.device)]
-        n = 0 if context is None else context.shape[-2]
-        images = context.shape[0] if context is not None and per == "image" else 1
+        return self._encode(context, tokens, per, position, deep)
 
-        order = _token_order(tokens, n, position)
-        embedded = self._embed(context, tokens, per, order)
-        hidden = self._encode(embedded, [vectors.to(embedded.dtype) for vectors in deep])
+    def _encode(
+        self,
+        context: Tensor | None,
+        tokens: PromptTokens,
+        per: Per = "all",
+        position: Position = "end",
+        deep: Sequence[Tensor] = (),
+    ) -> TextOutput:
+        how = {"per": per, "position": position, "deep": deep}
+        if self._why_padded(tokens.sot) is not None:
+            return encode_padded(self.text, context, tokens, **how)
+        return encode_packed(self.text, context, tokens, max_memory=self.max_memory, **how)
 
-        runs = torch.arange(len(hidden), device=hidden.device)
-        eot = (n + tokens.lengths).repeat(images)
-        features = self.text.project(hidden[runs, eot])
-        if per == "image":
-            features = features.view(images, len(tokens), -1)
-        if context is None:
-            return TextOutput(features, None)
-        return TextOutput(features, _context_states(hidden, order, n, per, position, images))
+    def _why_padded(self, sot: int | None) -> str | None:
+        if sot is None:
+            return "its texts have no start token, which a prefix could begin with"
+        return self.text.why_padded()
 
-    def _embed(
-        self, context: Tensor | None, tokens: PromptTokens, per: Per, order: Tensor
-    ) -> Tensor:
-        """Token embeddings in reading order, positions added: [runs, L, d]."""
-        text = self.text
-        sot = torch.full_like(tokens.suffix[:, :1], tokens.sot)
-        frozen = text.token_embedding(torch.cat([sot, tokens.suffix], dim=1)).to(text.dtype)
-        if context is None:
-            x = frozen
-        else:
-            vectors = context.to(text.dtype)
-            if per == "all":
-                vectors = vectors.expand(len(tokens), -1, -1)
-            elif per == "image":
-                images = len(vectors)
-                vectors = vectors.repeat_interleave(len(tokens), dim=0)
-                frozen = frozen.repeat(images, 1, 1)
-                order = order.repeat(images, 1)
-            x = torch.cat([frozen[:, :1], vectors, frozen[:, 1:]], dim=1)
-            x = x.gather(1, order.unsqueeze(-1).expand_as(x))
-        return x + text.positional_embedding[: x.shape[1]].to(text.dtype)
+    def _learns_weights(self) -> bool:
+        return torch.is_grad_enabled() and any(w.requires_grad for w in self.text.weights())
 
-    def _encode(self, x: Tensor, deep: list[Tensor]) -> Tensor:
-        """All blocks and the final layer norm on padded sequences: [runs, L, d]."""
-        length = x.shape[1]
-        mask = torch.full((length, length), float("-inf"), device=x.device, dtype=x.dtype).triu(1)
-        for layer in range(len(self.text.blocks)):
-            if 1 <= layer <= len(deep):
-                vectors = deep[layer - 1].expand(len(x), -1, -1)
-                x = torch.cat([x[:, :1], vectors, x[:, 1 + vectors.shape[1] :]], dim=1)
-            x = self.text.run_block(layer, x, mask)
-        return self.text.ln_final(x)
+    def _features_of_hard_prompt(self, tokens: PromptTokens) -> Tensor:
+        """Of all its classes, computed once for as long as the weights stay as they are."""
+        cache = self._hard_features.setdefault(tokens, FeatureCache())
+        return cache.get(None, self.text.weights(), lambda: self._encode(None, tokens).features)
 
     def _check(
         self,
@@ -230,30 +243,3 @@ class TextTower:
                     f"got {tokens.template!r}"
                 )
         tokens.check_fits(n, self.context_length)
-
-
-def _token_order(tokens: PromptTokens, n: int, position: Position) -> Tensor:
-    """int64 [C, L]: which entry of [SOS | context | suffix] stands at each place."""
-    length = 1 + n + tokens.suffix.shape[1]
-    place = torch.arange(length, device=tokens.suffix.device).expand(len(tokens), -1)
-    if position == "end":
-        return place
-    before = n // 2 if position == "middle" else 0
-    name = tokens.name_lengths.unsqueeze(1)
-    in_name = (place > before) & (place <= before + name)
-    after_name = (place > before + name) & (place <= n + name)
-    moved = torch.where(in_name, place + (n - before), place)
-    return torch.where(after_name, place - name, moved)
-
-
-def _context_states(
-    hidden: Tensor, order: Tensor, n: int, per: Per, position: Position, images: int
-) -> Tensor:
-    """The state just before each context vector; see TextOutput.context_states."""
-    if position == "end":
-        states = hidden[:, :n]
-        if per == "all":
-            return states[0]
-        return states.unflatten(0, (images, -1))[:, 0] if per == "image" else states
-    places = order.argsort(dim=1)[:, 1 : 1 + n] - 1
-    return hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+import itertools
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Protocol, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+
+from vlfast.clip.prompt_layout import PromptLayout
+from vlfast.clip.text_output import Per, Position
+
+T = TypeVar("T")
+
+_NUMBERS = itertools.count()
+_BY_NUMBER: WeakValueDictionary[int, PromptTokens] = WeakValueDictionary()
 
 
 class Tokenizer(Protocol):
@@ -100,7 +110,7 @@ def _cleaning(wrapper: Any) -> Callable[[str], str]:
     return str.strip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PromptTokens:
     """What follows the context, one run a class.
 
@@ -125,6 +135,15 @@ class PromptTokens:
     has_context: bool
     separable: bool
     longest: tuple[str, int]
+    _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
+    _number: int = field(default_factory=_NUMBERS.__next__, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        _BY_NUMBER[self._number] = self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies are other tokens, with a number of their own."""
+        return type(self), tuple(getattr(self, f.name) for f in fields(self) if f.init)
 
     def __len__(self) -> int:
         return len(self.suffix)
@@ -139,14 +158,25 @@ class PromptTokens:
             name_lengths=self.name_lengths[index],
         )
 
-    def to(self, device: torch.device | str) -> PromptTokens:
-        """The same, with its tensors on ``device``."""
-        return replace(
-            self,
-            suffix=self.suffix.to(device),
-            lengths=self.lengths.to(device),
-            name_lengths=self.name_lengths.to(device),
-        )
+    def layout(
+        self, n_ctx: int, per: Per, position: Position, images: int, device: torch.device
+    ) -> PromptLayout:
+        """The packed rows for a context of ``n_ctx`` vectors; made once for all steps."""
+        key = (n_ctx, per, position, images, str(device))
+        _make_layout(self._number, *key)
+        return self._made[key]
+
+    def part(self, start: int, stop: int) -> PromptTokens:
+        """The classes from ``start`` to ``stop``."""
+        if (start, stop) == (0, len(self)):
+            return self
+        return self.once(("part", start, stop), lambda: self.select(torch.arange(start, stop)))
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What ``make`` made of these tokens when first asked for ``key``."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def check_fits(self, n_ctx: int, context_length: int) -> None:
         """Raise ValueError, naming the longest class, if SOS + n_ctx + its tokens do not fit."""
@@ -159,6 +189,32 @@ class PromptTokens:
                 f"n_ctx: {n_ctx} context tokens and the class {name!r} need {needed} "
                 f"tokens, but the text tower has {context_length}; {hint}"
             )
+
+
+def _make_layout(
+    number: int, n_ctx: int, per: Per, position: Position, images: int, device: str
+) -> None:
+    """Let the tokens with this number have this layout."""
+    tokens = _BY_NUMBER[number]
+    tokens.once(
+        (n_ctx, per, position, images, device),
+        lambda: PromptLayout.of(
+            tokens.suffix,
+            tokens.lengths,
+            tokens.name_lengths,
+            tokens.sot,
+            n_ctx=n_ctx,
+            per=per,
+            position=position,
+            images=images,
+            device=device,
+        ),
+    )
+
+
+# torch.compile can't trace how a layout is made. Of a function marked so it takes the arguments,
+# hence a number for the tokens, runs it while it traces, and holds the result to be constant.
+_make_layout._dynamo_marked_constant = True
 
 
 def tokenize_names(tokenizer: Any, names: Sequence[str], template: str) -> PromptTokens:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
 from vlfast.data.dataset import ClassSubset, Dataset
 from vlfast.evaluation.metrics import harmonic_mean, score
 from vlfast.trainers.classifier import PromptedClassifier, encode_split
@@ -30,8 +28,7 @@ def evaluate_dataset(
     for part in _parts(classifier, dataset, classes):
         half = dataset.restrict(part)
         named = classifier.for_classes(half.classnames)
-        with torch.no_grad():
-            class_features = named.encode_text().features
+        class_features = named.class_features()
         for domain, split_name in tests.items():
             split = half.splits()[split_name]
             if len(split):

@@ -37,8 +37,14 @@ KERNELS = {
     ("gated_mixture", "cuda"): Kernel(
         "Triton", "vlfast.ops.triton.gated_mixture", "fp64 by the reference"
     ),
+    ("prefix_attention", "cpu"): Kernel(
+        "C++", "vlfast._C.prefix_attention_cpu", "fp64 by the reference"
+    ),
+    ("prefix_attention", "cuda"): Kernel(
+        "Triton", "vlfast.ops.triton.prefix_attention", "fp64 by the reference"
+    ),
 }
-OPS = ("perplexity", "symmetric_kl", "gated_mixture")
+OPS = ("perplexity", "symmetric_kl", "gated_mixture", "prefix_attention")
 
 # How many times it is asked for: by the environment, and by every reference_only() under way.
 _asked_for_reference = int(os.environ.get("VLFAST_REFERENCE", "0") not in ("", "0"))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from .._extension import extension
 from . import checks, reference
+from .backends import kernel_serves
+from .kernel_calls import DTYPES, addresses, dispatcher_sees, refuse_second_derivative
 from .packed_runs import PackedRuns
 
 
@@ -35,7 +39,13 @@ def prefix_attention(qkv: Tensor, runs: PackedRuns, *, scale: float | None = Non
     check_arguments(qkv, runs, scale)
     if scale is None:
         scale = qkv.shape[-1] ** -0.5
-    return reference.prefix_attention(qkv, runs, float(scale))
+    scale = float(scale)
+    if not kernel_can_serve(qkv):
+        return reference.prefix_attention(qkv, runs, scale)
+    arguments = (qkv, runs.offsets, runs.rows, runs.prefixes, scale)
+    if qkv.requires_grad and torch.is_grad_enabled():
+        return PrefixAttention.apply(*arguments)
+    return run_kernel(*arguments)[0]
 
 
 def check_arguments(qkv: Any, runs: Any, scale: Any) -> None:
@@ -51,3 +61,155 @@ def check_arguments(qkv: Any, runs: Any, scale: Any) -> None:
     checks.check_same_device(qkv=qkv, runs=runs.offsets)
     if scale is not None:
         checks.check_positive("scale", scale)
+
+
+def kernel_can_serve(qkv: Tensor) -> bool:
+    """Whether there is a kernel for this dtype, here."""
+    if qkv.dtype not in DTYPES or qkv.dtype == torch.float64:
+        return False
+    return kernel_serves("prefix_attention", qkv)
+
+
+class PrefixAttention(torch.autograd.Function):
+    """The op and its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        results = run_kernel(*arguments)
+        remember_problem(ctx, arguments, results)
+        return results[0]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("prefix_attention")
+        qkv, output, log_normaliser, offsets, rows = ctx.saved_tensors
+        arguments = (upstream, qkv, output, log_normaliser, offsets, rows, *ctx.numbers)
+        return run_backward_kernel(*arguments), None, None, None, None
+
+
+def remember_problem(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    problem = Problem(*inputs)
+    # The CPU kernel computes the weights anew, and needs no results of the forward.
+    results = (None, None) if problem.qkv.is_cpu else output
+    ctx.save_for_backward(problem.qkv, *results, problem.offsets, problem.rows)
+    ctx.numbers = (problem.prefixes, problem.scale)
+
+
+def run_kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """The op, by the shortest way there is."""
+    problem = Problem(*arguments)
+    if dispatcher_sees(*problem[:3]):
+        return torch.ops.vlfast.prefix_attention(*arguments)
+    return (prefix_attention_cpu if problem.qkv.is_cpu else prefix_attention_cuda)(*arguments)
+
+
+def run_backward_kernel(upstream: Tensor, qkv: Tensor, *others: Any) -> Tensor:
+    if dispatcher_sees(upstream, qkv):
+        return torch.ops.vlfast.prefix_attention_backward(upstream, qkv, *others)
+    kernel = prefix_attention_backward_cpu if qkv.is_cpu else prefix_attention_backward_cuda
+    return kernel(upstream, qkv, *others)
+
+
+class Problem(NamedTuple):
+    """The arguments of the op, in their order."""
+
+    qkv: Tensor
+    offsets: Tensor
+    rows: Tensor
+    prefixes: int
+    scale: float
+
+    def empty_results(self) -> tuple[Tensor, Tensor]:
+        """Room for the output and, in fp32, the log of each softmax's denominator."""
+        rows, _, heads, width = self.qkv.shape
+        new_empty = self.qkv.new_empty
+        return new_empty(rows, heads, width), new_empty(rows, heads, dtype=torch.float32)
+
+    def for_cpu(self) -> tuple[Any, ...]:
+        """The first arguments of the C++ kernels. The tensors must be contiguous."""
+        rows, _, heads, width = self.qkv.shape
+        numbers = (rows, heads, width, len(self.offsets) - 1, self.prefixes)
+        pointers = addresses((self.qkv, self.offsets))
+        return DTYPES[self.qkv.dtype], *numbers, *pointers, self.scale
+
+
+LIBRARY = torch.library.Library("vlfast", "FRAGMENT")
+LIBRARY.define(
+    "prefix_attention(Tensor qkv, Tensor offsets, Tensor rows, int prefixes, float scale) "
+    # [M, H, E] in the dtype of qkv; fp32 [M, H]
+    "-> (Tensor output, Tensor log_normaliser)"
+)
+LIBRARY.define(
+    "prefix_attention_backward(Tensor grad_output, Tensor qkv, Tensor? output, "
+    "Tensor? log_normaliser, Tensor offsets, Tensor rows, int prefixes, float scale) -> Tensor"
+)
+
+
+def prefix_attention_cpu(*arguments: Any) -> tuple[Tensor, Tensor]:
+    problem = contiguous(Problem(*arguments))
+    results = problem.empty_results()
+    extension().prefix_attention_cpu(
+        *problem.for_cpu(), *addresses(results), torch.get_num_threads()
+    )
+    return results
+
+
+def prefix_attention_backward_cpu(
+    grad_output: Tensor,
+    qkv: Tensor,
+    output: Tensor | None,
+    log_normaliser: Tensor | None,
+    *others: Any,
+) -> Tensor:
+    problem = contiguous(Problem(qkv, *others))
+    grad_output = grad_output.contiguous()
+    to_qkv = torch.empty_like(problem.qkv)
+    extension().prefix_attention_backward_cpu(
+        *problem.for_cpu(), *addresses((grad_output, to_qkv)), torch.get_num_threads()
+    )
+    return to_qkv
+
+
+def prefix_attention_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from .triton.prefix_attention import prefix_attention_forward
+
+    return prefix_attention_forward(*contiguous(Problem(*arguments)))
+
+
+def prefix_attention_backward_cuda(
+    grad_output: Tensor, qkv: Tensor, output: Tensor, log_normaliser: Tensor, *others: Any
+) -> Tensor:
+    from .triton.prefix_attention import prefix_attention_backward
+
+    qkv, *others = contiguous(Problem(qkv, *others))
+    return prefix_attention_backward(
+        grad_output.contiguous(), qkv, output, log_normaliser, *others
+    )
+
+
+def contiguous(problem: Problem) -> Problem:
+    return Problem(*(x.contiguous() for x in problem[:3]), *problem[3:])
+
+
+def prefix_attention_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return Problem(*arguments).empty_results()
+
+
+def prefix_attention_backward_fake(grad_output: Tensor, qkv: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+
+
+LIBRARY.impl("prefix_attention", prefix_attention_cpu, "CPU")
+LIBRARY.impl("prefix_attention", prefix_attention_cuda, "CUDA")
+LIBRARY.impl("prefix_attention_backward", prefix_attention_backward_cpu, "CPU")
+LIBRARY.impl("prefix_attention_backward", prefix_attention_backward_cuda, "CUDA")
+torch.library.register_fake("vlfast::prefix_attention", prefix_attention_fake, lib=LIBRARY)
+torch.library.register_fake(
+    "vlfast::prefix_attention_backward", prefix_attention_backward_fake, lib=LIBRARY
+)
+torch.library.register_autograd(
+    "vlfast::prefix_attention",
+    PrefixAttention.backward,
+    setup_context=remember_problem,
+    lib=LIBRARY,
+)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
+from vlfast.clip.feature_cache import FeatureCache
 from vlfast.clip.models import ClipModel
 from vlfast.clip.text_tower import TextOutput
 from vlfast.clip.words import check_vocabulary
@@ -18,6 +19,7 @@ from vlfast.data.views import ViewConfig, Views, worker_errors
 from vlfast.prompts import Prompts
 
 TEST_BATCH = 100  # Dassl's test batch
+OTHER_NAMES_KEPT = 8  # sets of class names whose features are remembered
 
 
 def view_config(clip: ClipModel) -> ViewConfig:
@@ -39,6 +41,8 @@ class PromptedClassifier:
         self.template = template
         check_vocabulary(clip, self.classnames, "classnames")
         self.tokens = prompts.tokenize(clip, self.classnames, template)
+        self._features = FeatureCache()
+        self._with_other_names: dict[tuple[str, ...], PromptedClassifier] = {}
 
     def for_classes(self, classnames: Sequence[str]) -> PromptedClassifier:
         """The same prompts with other class names. ValueError for prompts bound to their own."""
@@ -47,11 +51,25 @@ class PromptedClassifier:
                 f"classnames: {self.prompts.kind} prompts know only the {len(self.classnames)} "
                 f"classes they were learned for, got {', '.join(map(repr, classnames[:3]))}, ..."
             )
-        return PromptedClassifier(self.clip, self.prompts, classnames, self.template)
+        names = tuple(classnames)
+        if names == self.classnames:
+            return self
+        if names not in self._with_other_names:
+            if len(self._with_other_names) == OTHER_NAMES_KEPT:
+                del self._with_other_names[next(iter(self._with_other_names))]
+            other = PromptedClassifier(self.clip, self.prompts, classnames, self.template)
+            self._with_other_names[names] = other
+        return self._with_other_names[names]
 
     def encode_text(self) -> TextOutput:
         """Class features and context states, differentiable to the prompts."""
         return self.prompts.encode(self.clip, self.tokens)
+
+    def class_features(self) -> Tensor:
+        """Class features for evaluation, [C, D] without autograd: computed again only where the
+        prompts or the model have changed."""
+        sources = [*self.prompts.parameters(), *self.clip.text_tower.text.weights()]
+        return self._features.get("all", sources, lambda: self.encode_text().features)
 
     def logits(self, images: Tensor, class_features: Tensor) -> Tensor:
         """Logit scale times cosine, fp32 [B, C], from normalised image features [B, D] and class
@@ -63,7 +81,7 @@ class PromptedClassifier:
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
         """Logits [N, C] of normalised image features [N, D]."""
-        return self.logits(images, self.encode_text().features)
+        return self.logits(images, self.class_features())
 
 
 def loader_workers(split: Split, asked: int | None) -> int:
