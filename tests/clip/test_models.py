@@ -1,10 +1,13 @@
 """Loading models: names, files, and every way a file can be wrong."""
 
+import json
+
 import open_clip
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.clip import support
 from vlfast.clip.models import load_clip, model_names, wrap_clip
 from vlfast.clip.words import check_vocabulary, nearest_words
 from vlfast.errors import UnknownNameError, VlfastError
@@ -25,8 +28,6 @@ ARCHITECTURE = {
 @pytest.fixture(scope="module")
 def architecture(tmp_path_factory):
     """A small architecture that open_clip knows by the name "test-tiny"."""
-    import json
-
     path = tmp_path_factory.mktemp("configs") / "test-tiny.json"
     path.write_text(json.dumps(ARCHITECTURE))
     open_clip.add_model_config(path)
@@ -167,6 +168,56 @@ def test_another_vocabulary_is_refused():
     )
     with pytest.raises(ValueError, match="1000 tokens"):
         wrap_clip(model)
+
+
+@pytest.fixture(scope="module")
+def siglip(tmp_path_factory):
+    """An architecture by the name "test-siglip", whose tokenizer lies in a folder."""
+    folder = tmp_path_factory.mktemp("configs")
+    tokenizer = support.t5_tokenizer(folder / "tokenizer")
+    text = {"context_length": 24, "vocab_size": 64, "width": 64, "heads": 1, "layers": 2}
+    text |= {"hf_tokenizer_name": str(folder / "tokenizer"), "proj_bias": True}
+    text |= {"no_causal_mask": True, "pool_type": "last"}
+    config = {**ARCHITECTURE, "text_cfg": text, "custom_text": True}
+    for name, changes in {"test-siglip": {}, "test-lost": {"hf_tokenizer_name": "/lost"}}.items():
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps({**config, "text_cfg": {**text, **changes}}))
+        open_clip.add_model_config(path)
+    torch.manual_seed(0)
+    weights = folder / "weights.safetensors"
+    save_file(open_clip.create_model("test-siglip").state_dict(), weights)
+    return weights, tokenizer
+
+
+def test_a_model_of_open_clip_comes_with_its_tokenizer(siglip):
+    weights, tokenizer = siglip
+    clip = load_clip("test-siglip", str(weights))
+    assert clip.tokenizer.sot_token_id is None and clip.tokenizer.eot_token_id == 1
+    assert clip.tokenizer.decode(clip.tokenizer.encode("a photo of a cat")) == "a photo of a cat"
+    # 64 rows, but fewer tokens: the last rows were never trained.
+    assert 3 < int(clip.known_tokens.sum()) == len(tokenizer.tokenizer) < 64
+    assert clip.unknown_words("a cat") == []
+    assert nearest_words(clip, clip.text_tower.embed_words("photo"), 1)[0][0][0] == "photo"
+
+
+def test_a_tokenizer_that_is_not_there(siglip):
+    with pytest.raises(VlfastError, match="could not get the tokenizer of test-lost"):
+        load_clip("test-lost", str(siglip[0]))
+
+
+def test_wrapping_takes_a_tokenizer(siglip):
+    weights, tokenizer = siglip
+    model = load_clip("test-siglip", str(weights)).model
+    for given in (tokenizer, tokenizer.tokenizer):
+        assert wrap_clip(model, tokenizer=given).tokenizer.eot_token_id == 1
+    with pytest.raises(ValueError, match="64 tokens, but CLIP's tokenizer has 49408"):
+        wrap_clip(model)
+    small = support.custom_clip(vocab_size=30)
+    with pytest.raises(ValueError, match="30 tokens, but this tokenizer has"):
+        wrap_clip(small, tokenizer=tokenizer)
+    large = support.custom_clip(vocab_size=49500)
+    with pytest.raises(ValueError, match="49500 tokens, but CLIP's tokenizer has 49408"):
+        wrap_clip(large)
 
 
 def test_names_begin_with_ours():

@@ -1,10 +1,13 @@
 """Class names as token ids."""
 
+import copy
+
 import pytest
 import torch
 from open_clip.tokenizer import SimpleTokenizer
 
-from vlfast.clip.tokens import tokenize_names
+from tests.clip import support
+from vlfast.clip.tokens import as_tokenizer, tokenize_names
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +75,116 @@ def test_too_long_names_the_class(tokenizer):
     assert tokens.longest == ("long haired border collie", int(tokens.lengths[1]))
     with pytest.raises(ValueError, match=r"n_ctx: 30 .*'long haired border collie'.*n_ctx=\d+"):
         tokens.check_fits(30, 24)
+
+
+@pytest.fixture(scope="module")
+def roberta(tmp_path_factory):
+    return support.roberta_tokenizer(tmp_path_factory.mktemp("roberta"))
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory):
+    return support.t5_tokenizer(tmp_path_factory.mktemp("t5"))
+
+
+def sentence(tokens, row, context):
+    """The ids of a whole sentence, put together from its parts."""
+    start = [] if tokens.sot is None else [tokens.sot]
+    return [*start, *context, *tokens.suffix[row, : tokens.lengths[row]].tolist()]
+
+
+@pytest.mark.parametrize("kind", ["clip", "roberta", "t5"])
+@pytest.mark.parametrize("template", ["{ctx} {name}.", "{ctx} of a {name}.", "{ctx} {name}"])
+def test_parts_are_the_tokens_of_the_sentence(request, tokenizer, kind, template):
+    theirs = tokenizer if kind == "clip" else request.getfixturevalue(kind)
+    ours = as_tokenizer(theirs)
+    names = ["cat", "school_bus"]
+    tokens = tokenize_names(theirs, names, template)
+    context = ours.encode("a photo")
+    for row, name in enumerate(names):
+        text = template.format(ctx="a photo", name=name.replace("_", " "))
+        ids = theirs([text], context_length=40)[0].tolist()
+        ours_padded = sentence(tokens, row, context)
+        ours_padded += [tokens.pad] * (40 - len(ours_padded))
+        assert ours_padded == ids, name
+
+
+@pytest.mark.parametrize("kind", ["clip", "roberta", "t5"])
+def test_hard_prompts_are_the_sentence(request, tokenizer, kind):
+    theirs = tokenizer if kind == "clip" else request.getfixturevalue(kind)
+    for template in ("a photo of a {name}.", " {name} of a"):
+        tokens = tokenize_names(theirs, ["cat", "school bus"], template)
+        for row, name in enumerate(("cat", "school bus")):
+            ids = theirs([template.format(name=name)], context_length=40)[0].tolist()
+            ours = sentence(tokens, row, [])
+            assert ours + [tokens.pad] * (40 - len(ours)) == ids
+
+
+def test_special_tokens_are_those_around_a_text(tokenizer, roberta, t5):
+    assert as_tokenizer(tokenizer) is tokenizer
+    for given in (roberta, roberta.tokenizer):
+        ours = as_tokenizer(given)
+        assert (ours.sot_token_id, ours.eot_token_id, ours.pad_token_id) == (0, 2, 1)
+    for given in (t5, t5.tokenizer):
+        ours = as_tokenizer(given)
+        assert (ours.sot_token_id, ours.eot_token_id, ours.pad_token_id) == (None, 1, 0)
+    assert as_tokenizer(ours) is ours
+    assert ours.vocab_size == len(t5.tokenizer)
+    assert ours.decode(ours.encode("yellow school bus")) == "yellow school bus"
+
+
+def test_texts_are_cleaned_as_the_wrapper_does(t5):
+    from open_clip.tokenizer import get_clean_fn
+
+    plain = as_tokenizer(t5).encode("school bus")
+    assert as_tokenizer(t5).encode(" school \n bus ") == plain
+    assert as_tokenizer(t5).encode("School Bus!") != plain
+    canonical = copy.copy(t5)
+    canonical.clean_fn = get_clean_fn("canonicalize")
+    assert as_tokenizer(canonical).encode("School Bus!") == plain
+
+
+def test_a_separator_that_is_stripped_ends_texts_with_zero(roberta):
+    stripped = copy.copy(roberta)
+    stripped.strip_sep_token = True
+    stripped.tokenizer = copy.deepcopy(roberta.tokenizer)
+    stripped.tokenizer.sep_token = "</s>"
+    assert as_tokenizer(stripped).eot_token_id == 0
+    ids = stripped(["a cat"], context_length=8)[0].tolist()
+    tokens = tokenize_names(stripped, ["cat"], "a {name}")
+    assert sentence(tokens, 0, []) == ids[: 1 + int(tokens.lengths[0])]
+
+
+def test_the_limit_counts_no_start_token_where_there_is_none(tokenizer, t5):
+    for given, extra in ((tokenizer, 1), (t5, 0)):
+        tokens = tokenize_names(given, ["cat"], "{ctx} {name}")
+        fits = 24 - extra - int(tokens.lengths[0])
+        tokens.check_fits(fits, 24)
+        with pytest.raises(ValueError, match=f"'cat' need 25 tokens.*n_ctx={fits}"):
+            tokens.check_fits(fits + 1, 24)
+
+
+def framed(tokenizer, single, special):
+    from tokenizers import processors
+
+    changed = copy.deepcopy(tokenizer)
+    changed._tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=special
+    )
+    return changed
+
+
+def test_tokenizers_that_do_not_serve(roberta):
+    inner = roberta.tokenizer
+    two = framed(inner, "$A </s> <s>", [("<s>", 0), ("</s>", 2)])
+    with pytest.raises(ValueError, match=r"one after it, got \[\] and \['</s>', '<s>'\]"):
+        as_tokenizer(two)
+    none = framed(inner, "<s> $A", [("<s>", 0)])
+    with pytest.raises(ValueError, match=r"one after it, got \['<s>'\] and \[\]"):
+        as_tokenizer(none)
+    clips = copy.copy(roberta)
+    clips.tokenizer_mode = "clips"
+    with pytest.raises(ValueError, match="mode 'clips'"):
+        as_tokenizer(clips)
+    with pytest.raises(TypeError, match="of open_clip or of transformers, got int"):
+        as_tokenizer(3)

@@ -6,7 +6,7 @@ import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,8 @@ from torch.nn import functional
 
 from vlfast.clip import bundled
 from vlfast.clip.text_tower import TextTower
+from vlfast.clip.tokens import Tokenizer, as_tokenizer
 from vlfast.errors import VlfastError, unknown_name
-
-if TYPE_CHECKING:
-    from open_clip.tokenizer import SimpleTokenizer
 
 WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
 
@@ -34,7 +32,7 @@ class ClipModel:
     name: str
     pretrained: str | None
     model: nn.Module
-    tokenizer: SimpleTokenizer
+    tokenizer: Tokenizer
     text_tower: TextTower
     known_tokens: Tensor
     image_size: int
@@ -96,6 +94,7 @@ def load_clip(
     missing file, VlfastError for a damaged file or a failed download. Files are read without
     unpickling arbitrary objects.
     """
+    tokenizer = None
     if name in bundled.BUNDLED:
         if pretrained is not None:
             raise VlfastError(f"pretrained: {name} ships with its weights, got {pretrained!r}")
@@ -106,10 +105,12 @@ def load_clip(
         model, known_tokens = _load_openai_archive(Path(name)), None
     else:
         model, known_tokens = _load_open_clip(name, pretrained), None
+        tokenizer = _open_clips_tokenizer(name)
     return wrap_clip(
         model,
         name=_absolute_if_file(name),
         pretrained=None if pretrained is None else _absolute_if_file(pretrained),
+        tokenizer=tokenizer,
         known_tokens=known_tokens,
         device=device,
     )
@@ -120,28 +121,34 @@ def wrap_clip(
     *,
     name: str = "custom",
     pretrained: str | None = None,
+    tokenizer: Any = None,
     known_tokens: Tensor | None = None,
     device: str | torch.device = "cpu",
 ) -> ClipModel:
     """Make an open_clip CLIP that you built yourself ready for prompts. It is frozen in place.
 
-    known_tokens: bool [V], rows of the token embedding that were trained; None means all. Raises
-    ValueError, with the reason, for a text tower that can't serve.
+    tokenizer: what the model was trained with, CLIP's by default: one of open_clip
+    (``open_clip.get_tokenizer(name)``) or of transformers. known_tokens: bool [V], rows of the
+    token embedding that were trained; None means all. Raises ValueError, with the reason, for a
+    text tower that can't serve, and for a tokenizer that does not fit its vocabulary.
     """
     import open_clip
     from open_clip.tokenizer import SimpleTokenizer
 
     model = model.to(device).eval().requires_grad_(False)
-    tokenizer = SimpleTokenizer()
+    tokenizer = as_tokenizer(SimpleTokenizer() if tokenizer is None else tokenizer)
     tower = TextTower(model, tokenizer)
     words = tower.text.token_embedding.num_embeddings
-    if words != tokenizer.vocab_size:
+    known = getattr(tokenizer, "vocab_size", words)
+    # Other embeddings than CLIP's are often rounded up to a size that suits the hardware.
+    if words < known or (words > known and isinstance(tokenizer, SimpleTokenizer)):
+        kind = "CLIP's" if isinstance(tokenizer, SimpleTokenizer) else "this"
         raise ValueError(
-            f"model: {name} has {words} tokens, but CLIP's tokenizer has {tokenizer.vocab_size}; "
-            "models with another tokenizer are not supported yet"
+            f"model: {name} has {words} tokens, but {kind} tokenizer has {known}; "
+            "give the tokenizer that it was trained with"
         )
     if known_tokens is None:
-        known_tokens = torch.ones(words, dtype=torch.bool)
+        known_tokens = torch.arange(words) < known
     preprocess = open_clip.get_model_preprocess_cfg(model)
     size = preprocess["size"]
     return ClipModel(
@@ -187,6 +194,18 @@ def _load_open_clip(name: str, pretrained: str | None) -> nn.Module:
     if pretrained not in tags:
         raise unknown_name(f"pretrained tag of {name}", pretrained, tags)
     return _create(name, pretrained)
+
+
+def _open_clips_tokenizer(name: str) -> Any:
+    import open_clip
+
+    try:
+        return open_clip.get_tokenizer(name)
+    except Exception as error:
+        raise VlfastError(
+            f"model: could not get the tokenizer of {name}: {_first_line(error)}. It is one of "
+            "transformers (pip install transformers), which reads it from the network or its cache"
+        ) from error
 
 
 def _create(name: str, pretrained: str | None) -> nn.Module:

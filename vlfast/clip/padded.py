@@ -91,7 +91,8 @@ class _WholeSequences:
 
         length = text.context_length if text.fixed_length else start + n + suffix.shape[1]
         ids = suffix.new_full((len(tokens), length), tokens.pad)
-        ids[:, :start] = tokens.sot if start else 0
+        if tokens.sot is not None:
+            ids[:, 0] = tokens.sot
         ids.scatter_(
             1,
             torch.where(in_name, start + before + count, start + n + count),
