@@ -71,11 +71,11 @@ struct Plan {
 
 void check_offsets(const PrefixAttention& problem) {
   const std::int32_t* offsets = problem.offsets;
-  const bool divided = problem.prefixes == 0 || problem.runs % problem.prefixes == 0;
-  if (offsets[0] != 0 || offsets[problem.runs] != problem.rows ||
-      !std::is_sorted(offsets, offsets + problem.runs + 1) || problem.prefixes < 0 ||
-      problem.prefixes > problem.runs || !divided)
-    throw std::invalid_argument("offsets: expected runs that divide the rows");
+  const std::int64_t runs = problem.runs, prefixes = problem.prefixes;
+  const bool divided = prefixes == 0 || (prefixes > 0 && prefixes <= runs && runs % prefixes == 0);
+  if (runs < 0 || !divided || offsets[0] != 0 || offsets[runs] != problem.rows ||
+      !std::is_sorted(offsets, offsets + runs + 1))
+    throw std::invalid_argument("offsets: expected prefixes and runs that make up the rows of qkv");
 }
 
 // The runs from `run` to `end_run` as one chunk.
