@@ -161,15 +161,15 @@ VLFAST_INLINE void narrow_rows(const float* from, std::int64_t padded, std::int6
   }
 }
 
-#define VLFAST_ROWS_OF(T)                                                                        \
-  VLFAST_DISPATCH void read_rows(const T* from, std::int64_t step, std::int64_t rows,            \
-                                 std::int64_t width, std::int64_t padded, float factor,          \
-                                 float* to) {                                                    \
-    widen_rows(from, step, rows, width, padded, factor, to);                                     \
-  }                                                                                              \
-  VLFAST_DISPATCH void write_rows(const float* from, std::int64_t padded, std::int64_t rows,     \
-                                  std::int64_t width, std::int64_t step, float factor, T* to) {  \
-    narrow_rows(from, padded, rows, width, step, factor, to);                                    \
+#define VLFAST_ROWS_OF(T)                                                                       \
+  VLFAST_DISPATCH void read_rows(const T* from, std::int64_t step, std::int64_t rows,           \
+                                 std::int64_t width, std::int64_t padded, float factor,         \
+                                 float* to) {                                                   \
+    widen_rows(from, step, rows, width, padded, factor, to);                                    \
+  }                                                                                             \
+  VLFAST_DISPATCH void write_rows(const float* from, std::int64_t padded, std::int64_t rows,    \
+                                  std::int64_t width, std::int64_t step, float factor, T* to) { \
+    narrow_rows(from, padded, rows, width, step, factor, to);                                   \
   }
 VLFAST_ROWS_OF(float)
 VLFAST_ROWS_OF(BFloat16)
@@ -185,8 +185,7 @@ VLFAST_DISPATCH void softmax_rows(float* scores, std::int64_t stride, std::int64
     std::fill(scores + count + r, scores + padded, -std::numeric_limits<float>::infinity());
     float largest = -std::numeric_limits<float>::infinity(), sum = 0;
 #pragma omp simd reduction(max : largest)
-    for (std::int64_t k = 0; k < padded; ++k)
-      largest = largest < scores[k] ? scores[k] : largest;
+    for (std::int64_t k = 0; k < padded; ++k) largest = largest < scores[k] ? scores[k] : largest;
 #pragma omp simd reduction(+ : sum)
     for (std::int64_t k = 0; k < padded; ++k) {
       scores[k] = exp_negative(scores[k] - largest);
@@ -328,8 +327,8 @@ struct Attention {
   }
 
   // sums [rows of the group, width] = weights . (of the prefix, then of the run of each row)
-  void sum(const Group& group, std::int64_t stride, const float* weights,
-           const float* of_prefix, const float* of_run, float* sums) const {
+  void sum(const Group& group, std::int64_t stride, const float* weights, const float* of_prefix,
+           const float* of_run, float* sums) const {
     const std::int64_t count = group.end - group.begin;
     std::fill_n(sums, count * width, 0.0f);
     sum_over_keys({weights, stride, count, prefix_rows, prefix_rows, width, of_prefix, sums});
@@ -364,8 +363,7 @@ void attend(const PrefixAttention& problem, const Plan& plan, const Chunk& chunk
   Pieces pieces{at_least(kept, Rows::size(plan) + kGroupRows * plan.width)};
   const Attention<T> attention{problem, plan, chunk, head, Rows(plan, pieces)};
   float* const sums = pieces.take(kGroupRows * plan.width);
-  const auto output =
-      head_of(static_cast<T*>(results.output), 0, 1, problem, head, plan.width);
+  const auto output = head_of(static_cast<T*>(results.output), 0, 1, problem, head, plan.width);
   attention.read();
   for (std::int64_t g = chunk.first_group; g < chunk.end_group; ++g) {
     const Group& group = plan.groups[g];
@@ -385,8 +383,7 @@ void differentiate(const PrefixAttention& problem, const Plan& plan, const Chunk
   thread_local std::vector<float> kept;
   const std::int64_t chunk_size = plan.chunk_rows * plan.width;
   const std::int64_t group_size = kGroupRows * plan.width;
-  Pieces pieces{
-      at_least(kept, Rows::size(plan) + plan.scores + 3 * chunk_size + group_size)};
+  Pieces pieces{at_least(kept, Rows::size(plan) + plan.scores + 3 * chunk_size + group_size)};
   const Attention<T> attention{problem, plan, chunk, head, Rows(plan, pieces)};
   const Rows& rows = attention.rows;
   float* const to_scores = pieces.take(plan.scores);

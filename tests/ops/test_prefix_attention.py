@@ -240,7 +240,7 @@ class TestRowsAlone:
 
     @staticmethod
     def check_bad_value(qkv, runs, row, part, value):
-        start, end, prefix_start, prefix_end = runs.rows
+        start, _, prefix_start, prefix_end = runs.rows
         rows = torch.arange(len(qkv))
         if part == 0:
             sees = rows == row
@@ -378,9 +378,10 @@ class TestInPyTorch:
                 qkv, runs = problem([3], suffixes, dtype=F32)
                 qkv.requires_grad_()
                 if dynamic:
-                    torch._dynamo.mark_dynamic(qkv, 0)
+                    for tensor, dimension in ((qkv, 0), (runs.rows, 1), (runs.offsets, 0)):
+                        torch._dynamo.mark_dynamic(tensor, dimension)
                 output = function(qkv, runs)
-                results.append([output.detach(), *gradients([output], [qkv])])
+                results.append([output.detach(), *gradients([output], [qkv], keep_graph=False)])
             for eager, traced in zip(*results, strict=True):
                 torch.testing.assert_close(eager, traced, rtol=1e-5, atol=1e-6)
 
