@@ -176,39 +176,56 @@ VLFAST_ROWS_OF(BFloat16)
 VLFAST_ROWS_OF(Float16)
 #undef VLFAST_ROWS_OF
 
+// Rows of scores are short: what counts is that a sum ends in a few vector operations, where a
+// reduction of OpenMP goes from lane to lane.
+using Lanes = causal_products::Vector64;
+static_assert(sizeof(Lanes) == kScoreStep * sizeof(float));
+
 // Scores to weights, in place: those of row r are the first `count` + r, and the rest of its
 // `stride` becomes 0.
-VLFAST_DISPATCH void softmax_rows(float* scores, std::int64_t stride, std::int64_t rows,
-                                  std::int64_t count, float* log_normaliser, std::int64_t step) {
-  const std::int64_t padded = stride / kScoreStep * kScoreStep;
-  for (std::int64_t r = 0; r < rows; ++r, scores += stride) {
-    std::fill(scores + count + r, scores + padded, -std::numeric_limits<float>::infinity());
-    float largest = -std::numeric_limits<float>::infinity(), sum = 0;
-#pragma omp simd reduction(max : largest)
-    for (std::int64_t k = 0; k < padded; ++k) largest = largest < scores[k] ? scores[k] : largest;
-#pragma omp simd reduction(+ : sum)
-    for (std::int64_t k = 0; k < padded; ++k) {
-      scores[k] = exp_negative(scores[k] - largest);
-      sum += scores[k];
+VLFAST_DISPATCH void softmax_rows(float* __restrict scores, std::int64_t stride, std::int64_t rows,
+                                  std::int64_t count, float* __restrict log_normaliser,
+                                  std::int64_t step) {
+  constexpr float kLowest = -std::numeric_limits<float>::infinity();
+  for (std::int64_t r = 0; r < rows; ++r, ++count, scores += stride) {
+    Lanes lanes = Lanes{} + kLowest, some;
+    for (std::int64_t k = 0; k < stride; k += kScoreStep) {
+      const auto left = static_cast<std::int32_t>(count - k);
+      for (std::int32_t l = 0; l < kScoreStep; ++l)
+        scores[k + l] = l < left ? scores[k + l] : kLowest;
+      causal_products::load(scores + k, some);
+      lanes = lanes < some ? some : lanes;
     }
+    const float top = causal_products::largest(lanes);
+    lanes = Lanes{};
+    for (std::int64_t k = 0; k < stride; k += kScoreStep) {
+      for (std::int64_t l = 0; l < kScoreStep; ++l)
+        scores[k + l] = exp_negative(scores[k + l] - top);
+      causal_products::load(scores + k, some);
+      lanes += some;
+    }
+    const float sum = causal_products::total(lanes);
     const float share = 1 / sum;
-#pragma omp simd
-    for (std::int64_t k = 0; k < padded; ++k) scores[k] *= share;
-    if (log_normaliser) log_normaliser[r * step] = largest + std::log(sum);
+    for (std::int64_t k = 0; k < stride; ++k) scores[k] *= share;
+    if (log_normaliser) log_normaliser[r * step] = top + std::log(sum);
   }
 }
 
 // Gradients of the weights to those of the scores, in place.
-VLFAST_DISPATCH void through_softmax(const float* weights, float* gradients, std::int64_t stride,
-                                     std::int64_t rows, std::int64_t count) {
-  const std::int64_t padded = stride / kScoreStep * kScoreStep;
-  for (std::int64_t r = 0; r < rows; ++r, weights += stride, gradients += stride) {
-    std::fill(gradients + count + r, gradients + padded, 0.0f);
-    float mean = 0;
-#pragma omp simd reduction(+ : mean)
-    for (std::int64_t k = 0; k < padded; ++k) mean += weights[k] * gradients[k];
-#pragma omp simd
-    for (std::int64_t k = 0; k < padded; ++k) gradients[k] = weights[k] * (gradients[k] - mean);
+VLFAST_DISPATCH void through_softmax(const float* __restrict weights, float* __restrict gradients,
+                                     std::int64_t stride, std::int64_t rows, std::int64_t count) {
+  for (std::int64_t r = 0; r < rows; ++r, ++count, weights += stride, gradients += stride) {
+    Lanes lanes{}, some, of_some;
+    for (std::int64_t k = 0; k < stride; k += kScoreStep) {
+      const auto left = static_cast<std::int32_t>(count - k);
+      for (std::int32_t l = 0; l < kScoreStep; ++l)
+        gradients[k + l] = l < left ? gradients[k + l] : 0;
+      causal_products::load(gradients + k, some);
+      causal_products::load(weights + k, of_some);
+      lanes += of_some * some;
+    }
+    const float mean = causal_products::total(lanes);
+    for (std::int64_t k = 0; k < stride; ++k) gradients[k] = weights[k] * (gradients[k] - mean);
   }
 }
 
