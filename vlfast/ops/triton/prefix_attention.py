@@ -14,11 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Of the rows a program has, and of those it goes through at a time. Runs have a few rows each, so
-# that most of the scores of a larger tile would be masked.
-BLOCK, STEP = 32, 64
-# A part of the sum over the queries that see a prefix, as long as there are not yet many parts.
-QUERIES_OF_A_SPLIT, MOST_SPLITS = 2 * STEP, 32
+# By the largest width they are for: the rows a program has, those it goes through at a time, and
+# its warps, forward and backward. Runs have a few rows each, so that most of the scores of a larger
+# tile would be masked. Operands of fp32 arithmetic go through registers, which hold fewer.
+HALF_TILES = {64: (32, 64, 4, 8), 128: (32, 64, 8, 8), 256: (16, 32, 8, 8)}
+SINGLE_TILES = {64: (32, 16, 8, 8), 128: (16, 16, 8, 8), 256: (16, 16, 16, 16)}
+# Features multiplied at a time in fp32, for the same reason.
+SINGLE_CHUNK = 16
+# The sum over the queries that see a prefix is split into so many, while there are few parts.
+QUERIES_OF_A_SPLIT, MOST_SPLITS = 128, 32
 # Of the tile of partial sums, and of the programs that divide the rows of a prefix among them.
 COLUMNS, LANES = 128, 16
 # Another number of rows compiles nothing anew, and numbers do not hang on Triton's defaults.
@@ -40,15 +44,16 @@ def prefix_attention_forward(
     log_normaliser = torch.empty((count, heads), dtype=torch.float32, device=qkv.device)
     if count == 0:
         return output, log_normaliser
+    tile = tile_of(qkv, backward=False)
     with torch.cuda.device_of(qkv):
-        attend[(triton.cdiv(count, BLOCK), heads)](
+        attend[(triton.cdiv(count, tile["BLOCK"]), heads)](
             qkv,
             rows,
             output,
             log_normaliser,
             count,
             scale,
-            **tile(qkv),
+            **tile,
             **FUSED,
         )
     return output, log_normaliser
@@ -80,8 +85,9 @@ def prefix_attention_backward(
     sums = torch.empty(
         (count if splits > 1 else 0, 2, heads, width), dtype=torch.float32, device=qkv.device
     )
+    tile = tile_of(qkv, backward=True)
     with torch.cuda.device_of(qkv):
-        differentiate[(prefixes * splits + 2 * triton.cdiv(count, BLOCK), heads)](
+        differentiate[(prefixes * splits + 2 * triton.cdiv(count, tile["BLOCK"]), heads)](
             grad_output,
             qkv,
             output,
@@ -96,7 +102,7 @@ def prefix_attention_backward(
             splits,
             scale,
             SPLIT=splits > 1,
-            **tile(qkv),
+            **tile,
             **FUSED,
         )
         if splits > 1:
@@ -111,7 +117,7 @@ def prefix_attention_backward(
                 SPLITS=MOST_SPLITS,
                 LANES=LANES,
                 COLUMNS=COLUMNS,
-                STEP=STEP,
+                STEP=tile["STEP"],
                 HEADS=heads,
                 WIDTH=width,
                 num_warps=4,
@@ -120,16 +126,21 @@ def prefix_attention_backward(
     return grad_qkv
 
 
-def tile(qkv: Tensor) -> dict[str, int]:
-    """The sizes that the kernels are compiled for."""
+def tile_of(qkv: Tensor, backward: bool) -> dict[str, int]:
+    """The sizes that a kernel is compiled for."""
     _, _, heads, width = qkv.shape
+    single = qkv.dtype == torch.float32
+    tiles = SINGLE_TILES if single else HALF_TILES
+    block, step, *warps = tiles[min((most for most in tiles if width <= most), default=256)]
+    block_e = max(triton.next_power_of_2(width), 16)
     return {
         "HEADS": heads,
         "WIDTH": width,
-        "BLOCK": BLOCK,
-        "STEP": STEP,
-        "BLOCK_E": max(triton.next_power_of_2(width), 16),
-        "num_warps": 4,
+        "BLOCK": block,
+        "STEP": step,
+        "BLOCK_E": block_e,
+        "CHUNK": SINGLE_CHUNK if single else block_e,
+        "num_warps": warps[backward],
         "num_stages": 1,
     }
 
@@ -147,6 +158,7 @@ def attend(
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """The attention of a block of rows to the keys they see, in one sweep."""
     head = tl.program_id(1)
@@ -175,7 +187,7 @@ def attend(
         # A value that is not finite is heard of by those alone who see it: not as itself times a
         # weight of zero.
         sound = tl.min((is_finite(k) & is_finite(v)).to(tl.int32), 1) > 0
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        scores = inner_products(q, k, CHUNK) * scale
         scores = tl.where(sound[None, :], scores, float("nan"))
         scores = tl.where(seen, scores, float("-inf"))
 
@@ -189,8 +201,15 @@ def attend(
             weights.to(v.dtype), finite_part(v), attended * fall[:, None], input_precision="ieee"
         )
 
-    store_rows(output + head * WIDTH, query, is_query, HEADS * WIDTH, WIDTH, BLOCK_E,
-               attended / normaliser[:, None])
+    store_rows(
+        output + head * WIDTH,
+        query,
+        is_query,
+        HEADS * WIDTH,
+        WIDTH,
+        BLOCK_E,
+        attended / normaliser[:, None],
+    )
     tl.store(
         log_normaliser + query.to(tl.int64) * HEADS + head, top + tl.log(normaliser), mask=is_query
     )
@@ -217,6 +236,7 @@ def differentiate(
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """The gradients of the keys of a prefix, of some queries, or of some keys of the runs."""
     head = tl.program_id(1)
@@ -256,6 +276,7 @@ def differentiate(
                     BLOCK,
                     STEP,
                     BLOCK_E,
+                    CHUNK,
                 )
                 if SPLIT:
                     target = sums + head * WIDTH
@@ -283,6 +304,7 @@ def differentiate(
             BLOCK,
             STEP,
             BLOCK_E,
+            CHUNK,
         )
     else:
         first = prefix_rows + (task - prefixes * splits - blocks) * BLOCK
@@ -310,6 +332,7 @@ def differentiate(
                 BLOCK,
                 STEP,
                 BLOCK_E,
+                CHUNK,
             )
             target = grad_qkv + HEADS * WIDTH
             store_rows(target, key, is_key, 3 * HEADS * WIDTH, WIDTH, BLOCK_E, grad_k)
@@ -333,6 +356,7 @@ def gradients_of_queries(
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     query = first + tl.arange(0, BLOCK)
     is_query = query < count
@@ -355,8 +379,8 @@ def gradients_of_queries(
         seen = is_key[None, :] & sees(
             query, run_start, prefix_start, prefix_end, key, position < prefix_rows
         )
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        to_weights = tl.dot(upstream, tl.trans(v), input_precision="ieee")
+        scores = inner_products(q, k, CHUNK) * scale
+        to_weights = inner_products(upstream, v, CHUNK)
         to_scores = tl.exp(scores - level[:, None]) * (to_weights - along[:, None])
         to_scores = tl.where(seen, to_scores, 0)
         gradient = tl.dot(to_scores.to(k.dtype), k, gradient, input_precision="ieee")
@@ -383,6 +407,7 @@ def gradients_of_keys(
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """Of keys and values, from the queries begin to end of two spans.
 
@@ -404,10 +429,10 @@ def gradients_of_keys(
         )
         in_run = (key[:, None] <= query[None, :]) & (query[None, :] < run_end[:, None])
         seen = is_query[None, :] & ((position >= own)[None, :] | in_run)
-        scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
+        scores = inner_products(k, q, CHUNK) * scale
         weights = tl.where(seen, tl.exp(scores - level[None, :]), 0)
         grad_v = tl.dot(weights.to(upstream.dtype), upstream, grad_v, input_precision="ieee")
-        to_weights = tl.dot(v, tl.trans(upstream), input_precision="ieee")
+        to_weights = inner_products(v, upstream, CHUNK)
         to_scores = tl.where(seen, weights * (to_weights - along[None, :]), 0)
         grad_k = tl.dot(to_scores.to(q.dtype), q, grad_k, input_precision="ieee")
     return grad_k * scale, grad_v
@@ -521,9 +546,7 @@ def upstream_of(
 
 
 @triton.jit
-def load_rows(
-    start, row, inside, stride: tl.constexpr, WIDTH: tl.constexpr, BLOCK_E: tl.constexpr
-):
+def load_rows(start, row, inside, stride: tl.constexpr, WIDTH: tl.constexpr, BLOCK_E: tl.constexpr):
     e = tl.arange(0, BLOCK_E)
     return tl.load(
         start + (row.to(tl.int64) * stride)[:, None] + e[None, :],
@@ -542,6 +565,24 @@ def store_rows(
         values,
         mask=inside[:, None] & (e < WIDTH)[None, :],
     )
+
+
+@triton.jit
+def inner_products(x, y, CHUNK: tl.constexpr):
+    """Of each row of x with each of y."""
+    if x.shape[1] > CHUNK:
+        parts = tl.dot(
+            chunks(x, CHUNK), tl.permute(chunks(y, CHUNK), 0, 2, 1), input_precision="ieee"
+        )
+        return tl.sum(parts, 0)
+    else:
+        return tl.dot(x, tl.trans(y), input_precision="ieee")
+
+
+@triton.jit
+def chunks(x, CHUNK: tl.constexpr):
+    x = tl.reshape(x, x.shape[0], x.shape[1] // CHUNK, CHUNK)
+    return tl.permute(x, 1, 0, 2)
 
 
 @triton.jit
