@@ -41,7 +41,8 @@ def contest(benchmark: Any, request: pytest.FixtureRequest) -> Contest:
     op = module.rpartition("bench_")[2]
 
     def run(case: Case, mode: str) -> None:
-        if case.full and not request.config.getoption("--full"):
+        full = request.config.getoption("--full")
+        if case.full and not full:
             pytest.skip("only with --full")
         if mode not in case.modes:
             pytest.skip("of no interest at this size")
@@ -49,7 +50,7 @@ def contest(benchmark: Any, request: pytest.FixtureRequest) -> Contest:
         if not benchmark.enabled:
             step(case.make(device), OURS, mode)()
             return
-        result = run_contest(op, module, case, mode, device)
+        result = run_contest(op, module, case, mode, device, full)
         ours = step(case.make(device), OURS, mode)
         benchmark.pedantic(lambda: seconds(ours), rounds=3, warmup_rounds=1)
         benchmark.extra_info["ratios"] = result.ratios
@@ -75,6 +76,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.section(op)
         for line in report.table(results):
             terminalreporter.write_line(line)
+        for note in report.notes(results):
+            terminalreporter.write_line(note)
         if not config.getoption("--no-results"):
             report.write(op, results, device_slug(), machine(), yardstick)
     terminalreporter.section("how to read it")
