@@ -109,7 +109,6 @@ def case(
     *,
     full: bool = False,
     modes: tuple[str, ...] = MODES[1:],
-    full_sides: tuple[str, ...] = (),
     alone: tuple[str, ...] = (),
     **layout: Any,
 ) -> Case:
@@ -127,22 +126,22 @@ def case(
         full,
         modes,
         baselines=(PADDED, CUT),
-        full_sides=full_sides,
         alone=alone,
+        seconds=60.0 if full else 20.0,
         over=None if layout else ("classes", classes),
     )
 
 
 CASES = [
-    case(50),
-    case(100, modes=MODES),
-    case(400, full_sides=(PADDED,)),
-    case(100, per="class", full_sides=(PADDED,)),
-    case(100, position="middle", full_sides=(PADDED,)),
-    case(100, per="image", images=1, n_ctx=4, full_sides=(PADDED,)),
-    case(100, per="image", images=8, n_ctx=4, full=True),
+    case(50, modes=MODES),
+    case(100),
+    case(400, full=True),
     case(MOST_ON_A_CPU, full=True, alone=(PADDED,)),
     case(1000, full=True),
+    case(100, per="class", full=True),
+    case(100, position="middle", full=True),
+    case(100, per="image", images=1, n_ctx=4, full=True),
+    case(100, per="image", images=8, n_ctx=4, full=True),
 ]
 
 

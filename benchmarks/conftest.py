@@ -15,6 +15,7 @@ import pytest
 from benchmarks import report
 from benchmarks.contest import (
     OURS,
+    SECONDS_OF_SLOW,
     Case,
     Result,
     copy_bandwidth,
@@ -41,8 +42,7 @@ def contest(benchmark: Any, request: pytest.FixtureRequest) -> Contest:
     op = module.rpartition("bench_")[2]
 
     def run(case: Case, mode: str) -> None:
-        full = request.config.getoption("--full")
-        if case.full and not full:
+        if case.full and not request.config.getoption("--full"):
             pytest.skip("only with --full")
         if mode not in case.modes:
             pytest.skip("of no interest at this size")
@@ -50,9 +50,11 @@ def contest(benchmark: Any, request: pytest.FixtureRequest) -> Contest:
         if not benchmark.enabled:
             step(case.make(device), OURS, mode)()
             return
-        result = run_contest(op, module, case, mode, device, full)
+        result = run_contest(op, module, case, mode, device)
         ours = step(case.make(device), OURS, mode)
-        benchmark.pedantic(lambda: seconds(ours), rounds=3, warmup_rounds=1)
+        slow = result.times[OURS] > 1e6 * SECONDS_OF_SLOW
+        rounds, warmup_rounds = (1, 0) if slow else (3, 1)
+        benchmark.pedantic(lambda: seconds(ours), rounds=rounds, warmup_rounds=warmup_rounds)
         benchmark.extra_info["ratios"] = result.ratios
         request.config.stash.setdefault(RESULTS, {}).setdefault(op, []).append(result)
 

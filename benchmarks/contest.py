@@ -51,10 +51,10 @@ class Problem:
 class Case:
     """A size of an op. ``full``: only with --full.
 
-    baselines: the sides whose error and memory are reported beside ours. full_sides: those that
-    take part only with --full. alone: those that on a CPU need nearly all memory, so they are
-    called once, in a process of its own. seconds: that the rounds may take, if three of them take
-    less. over: what a plot over sizes shows, as ("classes", 100).
+    baselines: the sides whose error and memory are reported beside ours. alone: those that need
+    too much memory to take turns on a CPU; they are called once, in a process of its own.
+    seconds: that the rounds may take, but there are three of them at least. over: where it stands
+    in a plot over sizes, as ("classes", 100).
     """
 
     name: str
@@ -62,7 +62,6 @@ class Case:
     full: bool = False
     modes: Sequence[str] = MODES
     baselines: Sequence[str] = (EAGER,)
-    full_sides: Sequence[str] = ()
     alone: Sequence[str] = ()
     seconds: float = 20.0
     over: tuple[str, int] | None = None
@@ -137,24 +136,21 @@ def outputs(problem: Problem, side: str, mode: str) -> list[Tensor]:
     return sums
 
 
-def run_contest(
-    op: str, module: str, case: Case, mode: str, device: str, full: bool = True
-) -> Result:
+def run_contest(op: str, module: str, case: Case, mode: str, device: str) -> Result:
     """Raises AssertionError, before any time is taken, where a side is wrong."""
     torch.compiler.reset()  # else the limit on recompilations of one function is met
     problem = case.make(device)
-    sides = [side for side in problem.sides if full or side not in case.full_sides]
-    alone = [side for side in sides if side in case.alone and device == "cpu"]
+    alone = [side for side in case.alone if device == "cpu"]
     result = Result(op, case.name, mode, case.baselines, case.over, alone=alone)
     calls = {
         side: call_apart(module, case.name, side, mode, warm=False)
         if side in alone
         else first_call(problem, side, mode)
-        for side in sides
+        for side in problem.sides
     }
     result.errors = errors(problem, calls)
     check_parity(result.errors, problem.tolerance)
-    steps = {side: step(problem, side, mode) for side in sides if side not in alone}
+    steps = {side: step(problem, side, mode) for side in problem.sides if side not in alone}
     slow = [side for side, call in calls.items() if call.seconds > SECONDS_OF_SLOW]
     take_turns(steps, result, case.seconds, slow)
     for side in alone:
@@ -171,7 +167,7 @@ def run_contest(
         for side in (OURS, *case.baselines):
             if side in alone:
                 result.peaks[side] = calls[side].rise
-            elif side in sides:
+            elif side in problem.sides:
                 warm = side not in slow
                 result.peaks[side] = peak_rise(module, case.name, side, mode, device, warm)
     return result
@@ -326,14 +322,14 @@ def call_apart(module: str, case: str, side: str, mode: str, warm: bool) -> Call
 
 
 def _forks() -> multiprocessing.context.BaseContext:
-    """Processes forked from one that has loaded torch and run nothing.
+    """Processes forked from one that has loaded torch and open_clip and run nothing.
 
     With a fixed threshold freed blocks go back to the system, so that the first call, which loads
     code, may be left out of the measurement.
     """
     os.environ.update(MALLOC)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "vlfast", "vlfast.ops"])
+    context.set_forkserver_preload(["torch", "open_clip", "vlfast", "vlfast.ops"])
     return context
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 PADDED, CUT = "77 tokens", "cut"
-MOST_ON_A_CPU = 600  # classes at 77 tokens: 1000 of them take 27 GB
+MOST_ON_A_CPU = 600  # classes at 77 tokens: 1000 of them take over 20 GB
 CLASSES_AT_ONCE = 100
 
 
