@@ -154,6 +154,7 @@ def step_case(name: str, make: Any, full: bool) -> Case:
         full,
         modes=(TRAINING_STEP,),
         baselines=(PADDED,),
+        slow=True,
         seconds=60.0 if full else 20.0,
     )
 

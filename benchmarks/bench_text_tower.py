@@ -39,7 +39,7 @@ def make(
     config: Mapping[str, Any] | None = None,
 ) -> Problem:
     config = config or {**open_clip.get_model_config("ViT-B-32"), "vision_cfg": SMALL_VISION}
-    model, names = build_clip(config, device), class_names(classes)
+    model, names = build_clip(config, device), class_names(classes, position)
     tower = TextTower(model)
     tokens = tower.tokenize(names)
     contexts = {"all": (), "class": (classes,), "image": (images,)}[per]
@@ -127,6 +127,7 @@ def case(
         modes,
         baselines=(PADDED, CUT),
         alone=alone,
+        slow=True,
         seconds=60.0 if full else 20.0,
         over=None if layout else ("classes", classes),
     )

@@ -24,7 +24,7 @@ MODES = ("forward", "forward+backward")
 TRAINING_STEP = "training step"  # forward, backward, and the optimizer's step
 ROUNDS = 9
 SECONDS_OF_ROUND = 0.06  # of each side, in each round
-SECONDS_OF_SLOW = 1.0  # a call that takes longer gains nothing from another to warm up
+SECONDS_OF_SLOW = 1.0  # a call that takes longer gains little from one to warm up
 # Between two calls on a GPU so much is written, so that each reads its inputs from memory.
 COLD_BYTES = 256 * 2**20
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -53,8 +53,9 @@ class Case:
 
     baselines: the sides whose error and memory are reported beside ours. alone: those that need
     too much memory to take turns on a CPU; they are called once, in a process of its own.
-    seconds: that the rounds may take, but there are three of them at least. over: where it stands
-    in a plot over sizes, as ("classes", 100).
+    slow: some sides take seconds a call, and nothing is compiled, so that no call of theirs is
+    spent on warming up. seconds: that the rounds may take, but there are three of them at least.
+    over: where it stands in a plot over sizes, as ("classes", 100).
     """
 
     name: str
@@ -63,6 +64,7 @@ class Case:
     modes: Sequence[str] = MODES
     baselines: Sequence[str] = (EAGER,)
     alone: Sequence[str] = ()
+    slow: bool = False
     seconds: float = 20.0
     over: tuple[str, int] | None = None
 
@@ -151,7 +153,9 @@ def run_contest(op: str, module: str, case: Case, mode: str, device: str) -> Res
     result.errors = errors(problem, calls)
     check_parity(result.errors, problem.tolerance)
     steps = {side: step(problem, side, mode) for side in problem.sides if side not in alone}
-    slow = [side for side, call in calls.items() if call.seconds > SECONDS_OF_SLOW]
+    slow = []
+    if case.slow and device == "cpu":
+        slow = [side for side, call in calls.items() if call.seconds > SECONDS_OF_SLOW]
     take_turns(steps, result, case.seconds, slow)
     for side in alone:
         result.times[side] = result.medians[side] = calls[side].seconds * 1e6
@@ -182,13 +186,14 @@ def first_call(problem: Problem, side: str, mode: str) -> Call:
 def errors(problem: Problem, calls: Mapping[str, Call]) -> dict[str, float]:
     """The largest error of each side, over the loss and the gradients."""
     exact = problem.exact()
-    return {
-        side: max(
-            ((x.double() - e).abs().max() / e.abs().max().clamp_min(1e-30)).item()
+    found = {}
+    for side, call in calls.items():
+        relative = [
+            (x.double() - e).abs().max() / e.abs().max().clamp_min(1e-30)
             for x, e in zip(call.outputs, exact, strict=False)
-        )
-        for side, call in calls.items()
-    }
+        ]
+        found[side] = torch.stack(relative).max().item()  # NaN if any is
+    return found
 
 
 def check_parity(found: Mapping[str, float], tolerance: float = math.inf) -> None:

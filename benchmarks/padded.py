@@ -25,8 +25,16 @@ def build_clip(config: Mapping[str, Any] | None, device: str) -> open_clip.CLIP:
     return model.requires_grad_(False).eval().to(device)
 
 
-def class_names(classes: int) -> list[str]:
-    return IMAGENET_CLASSNAMES[:classes]
+def class_names(classes: int, position: str = "end") -> list[str]:
+    """The first of ImageNet's.
+
+    For a context around the name only those that end in a letter: in "crane (bird)." the tokenizer
+    joins the bracket and the full stop.
+    """
+    names = IMAGENET_CLASSNAMES
+    if position != "end":
+        names = [name for name in names if name[-1].isalpha()]
+    return names[:classes]
 
 
 class PaddedTower:

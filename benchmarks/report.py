@@ -205,7 +205,7 @@ def plot_over_sizes(op: str, sweep: Sequence[Result], path: Path) -> None:
                     axes.annotate(
                         "extrapolated",
                         (size, value),
-                        (-6, -12),
+                        (-8, 3),
                         textcoords="offset points",
                         ha="right",
                         fontsize=7,

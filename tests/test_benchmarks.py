@@ -66,6 +66,7 @@ CASES = [
         partial(bench_step.make_cocoop, 2, classes=5, config=TINY),
         modes=(TRAINING_STEP,),
         baselines=(PADDED,),
+        slow=True,
     ),
 ]
 RIGHT, WRONG, TEN, TWENTY, STEP = CASES
@@ -90,6 +91,13 @@ def test_a_contest(monkeypatch, tmp_path):
     assert sorted(x.suffix for x in tmp_path.iterdir()) == [".json", ".md", ".png"]
     (row,) = (x for x in report.table([result]) if x.startswith("| right"))
     assert row.count("|") == report.table([result])[0].count("|")
+
+
+def test_a_gradient_of_nan_is_an_error():
+    calls = {OURS: contest.Call([torch.zeros(()), torch.tensor([float("nan")] * 4)], 0.0)}
+    found = contest.errors(make(1.0, "cpu"), calls)
+    with pytest.raises(AssertionError, match="red parity"):
+        contest.check_parity({**found, EAGER: 0.0})
 
 
 @pytest.mark.parametrize("mode", [*contest.MODES, TRAINING_STEP])
@@ -155,7 +163,7 @@ def test_a_contest_of_towers(monkeypatch, tmp_path):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_contest_of_steps(monkeypatch):
-    monkeypatch.setattr(contest, "SECONDS_OF_ROUND", 0.001)
+    monkeypatch.setattr(contest, "SECONDS_OF_SLOW", 0.0)
     result = contest.run_contest("step", __name__, STEP, TRAINING_STEP, "cpu")
     assert result.times.keys() == result.peaks.keys() == {OURS, PADDED}
     assert result.peaks[PADDED] > 0
