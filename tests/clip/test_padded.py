@@ -410,12 +410,17 @@ def test_prompts_that_packed_rows_serve(make_family):
         assert why_padded(family.text, family.tokens()) is None, name
 
 
+class EndsEarly(SimpleTokenizer):
+    """An end stands in the text, where CLIP reads."""
+
+    def encode(self, text):
+        return [self.eot_token_id, *super().encode(text)]
+
+
 def test_prompts_that_need_whole_sequences(make_family):
     clip, tokens = make_family("clip").text, make_family("clip").tokens()
     assert "no start token" in why_padded(clip, replace(tokens, sot=None))
-    ended_early = tokens.suffix.clone()
-    ended_early[1, 0] = SimpleTokenizer().eot_token_id
-    early = replace(tokens, suffix=ended_early)
+    early = tokenize_names(EndsEarly(), ["cat"], "{ctx} {name}")
     assert "does not read its features where" in why_padded(clip, early)
     roberta = make_family("eos").tokens()
     assert "does not read its features where" in why_padded(clip, roberta)

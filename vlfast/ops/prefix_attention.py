@@ -182,9 +182,7 @@ def prefix_attention_backward_cuda(
     from .triton.prefix_attention import prefix_attention_backward
 
     qkv, *others = contiguous(Problem(qkv, *others))
-    return prefix_attention_backward(
-        grad_output.contiguous(), qkv, output, log_normaliser, *others
-    )
+    return prefix_attention_backward(grad_output.contiguous(), qkv, output, log_normaliser, *others)
 
 
 def contiguous(problem: Problem) -> Problem:
