@@ -9,7 +9,7 @@ from torch import nn
 
 from tests.clip import support
 from vlfast.clip import padded
-from vlfast.clip.padded import encode_padded, why_whole
+from vlfast.clip.padded import encode_padded, why_padded
 from vlfast.clip.text_model import TextModel
 from vlfast.clip.tokens import as_tokenizer, tokenize_names
 
@@ -407,15 +407,21 @@ def test_master_context_in_fp32_beside_a_bf16_tower():
 def test_prompts_that_packed_rows_serve(make_family):
     for name in ("clip", "eos", "openai", "openai fp16"):
         family = make_family(name)
-        assert why_whole(family.text, family.tokens()) is None, name
+        assert why_padded(family.text, family.tokens()) is None, name
+
+
+class EndsEarly(SimpleTokenizer):
+    """An end stands in the text, where CLIP reads."""
+
+    def encode(self, text):
+        return [self.eot_token_id, *super().encode(text)]
 
 
 def test_prompts_that_need_whole_sequences(make_family):
     clip, tokens = make_family("clip").text, make_family("clip").tokens()
-    assert "no start token" in why_whole(clip, replace(tokens, sot=None))
-    ended_early = tokens.suffix.clone()
-    ended_early[1, 0] = SimpleTokenizer().eot_token_id
-    early = replace(tokens, suffix=ended_early)
-    assert "does not read its features where" in why_whole(clip, early)
+    assert "no start token" in why_padded(clip, replace(tokens, sot=None))
+    early = tokenize_names(EndsEarly(), ["cat"], "{ctx} {name}")
+    assert "does not read its features where" in why_padded(clip, early)
     roberta = make_family("eos").tokens()
-    assert "does not read its features where" in why_whole(clip, roberta)
+    assert "does not read its features where" in why_padded(clip, roberta)
+    assert why_padded(make_family("t5").text, tokens) == ("its text tower is a Hugging Face model")

@@ -18,13 +18,14 @@ from vlfast.clip.tokens import PromptTokens
 SLICE = 128
 
 
-def why_whole(text: TextModel, tokens: PromptTokens) -> str | None:
-    """Why these tokens need whole sequences in this model, or None where packed rows serve."""
+def why_padded(text: TextModel, tokens: PromptTokens) -> str | None:
+    """Why these prompts need whole sequences in this model, or None where packed rows serve."""
+    if (found := text.why_padded()) is not None:
+        return found
     if tokens.sot is None:
         return "its tokenizer puts no start token before a text, so no prefix is shared"
-    frozen = nn.functional.pad(tokens.suffix, (1, 0), value=tokens.sot)
-    read = (frozen == text.eos_id).int() if text.pool_type == "eos" else frozen
-    if not torch.equal(read.argmax(1), tokens.lengths):
+    another_end = text.pool_type == "eos" and text.eos_id != tokens.eot
+    if another_end or text.pool_type not in tokens.pools:
         return "it does not read its features where the tokenizer ends a text"
     return None
 
@@ -50,7 +51,14 @@ def encode_padded(
     _check_deep(text, deep)
     n = 0 if context is None else context.shape[-2]
     images = len(context) if context is not None and per == "image" else 1
-    whole = _WholeSequences.of(text, tokens, n, position)
+    length = text.context_length
+    if not text.fixed_length:
+        length = n + tokens.longest[1] + (tokens.sot is not None)
+    placeholder = _placeholder(text, tokens)
+    whole = tokens.once(
+        ("whole", n, position, length, placeholder, str(text.device)),
+        lambda: _WholeSequences.of(tokens, n, position, length, placeholder, text.device),
+    )
     has_states = text.causal and tokens.sot is not None
     prompts = _Prompts(text, whole, context, per, tuple(deep), has_states)
 
@@ -80,7 +88,13 @@ class _WholeSequences:
 
     @classmethod
     def of(
-        cls, text: TextModel, tokens: PromptTokens, n: int, position: Position
+        cls,
+        tokens: PromptTokens,
+        n: int,
+        position: Position,
+        length: int,
+        placeholder: int,
+        device: torch.device,
     ) -> _WholeSequences:
         suffix, lengths, name = tokens.suffix, tokens.lengths[:, None], tokens.name_lengths[:, None]
         start = 0 if tokens.sot is None else 1
@@ -89,7 +103,6 @@ class _WholeSequences:
         in_name = (count < name) & (position != "end")
         vector = torch.arange(n, device=suffix.device).expand(len(tokens), n)
 
-        length = text.context_length if text.fixed_length else start + n + suffix.shape[1]
         ids = suffix.new_full((len(tokens), length), tokens.pad)
         if tokens.sot is not None:
             ids[:, 0] = tokens.sot
@@ -99,8 +112,8 @@ class _WholeSequences:
             suffix.where(count < lengths, tokens.pad),
         )
         places = torch.where(vector < before, start + vector, start + vector + name)
-        ids.scatter_(1, places, _placeholder(text, tokens))
-        return cls(ids.to(text.device), places.to(text.device))
+        ids.scatter_(1, places, placeholder)
+        return cls(ids.to(device), places.to(device))
 
 
 @dataclass(frozen=True)
@@ -203,8 +216,7 @@ class _StatesBefore:
 
 def _placeholder(text: TextModel, tokens: PromptTokens) -> int:
     """An id that the tower takes for a word: small, since the largest is an end in CLIP's eyes."""
-    eot = int(tokens.suffix[0, tokens.lengths[0] - 1])
-    taken = {tokens.sot, tokens.pad, eot, text.pad_id, text.eos_id}
+    taken = {tokens.sot, tokens.eot, tokens.pad, text.pad_id, text.eos_id}
     return next(i for i in range(len(taken) + 1) if i not in taken)
 
 

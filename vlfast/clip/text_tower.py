@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import get_args
 from weakref import WeakKeyDictionary
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from vlfast.clip.feature_cache import FeatureCache
 from vlfast.clip.packed import encode_packed
-from vlfast.clip.padded import encode_padded, why_whole
+from vlfast.clip.padded import encode_padded, why_padded
 from vlfast.clip.text_model import TextModel
 from vlfast.clip.text_output import Per, Position, TextOutput
 from vlfast.clip.tokens import PromptTokens, Tokenizer, as_tokenizer, tokenize_names
@@ -68,7 +67,7 @@ class TextTower:
 
     def explain(self, tokens: PromptTokens | None = None) -> str:
         """Which path encodes prompts (these tokens) at this moment, and why."""
-        reason = self._why_padded(self.tokenize(["a"]) if tokens is None else tokens)
+        reason = why_padded(self.text, self.tokenize(["a"]) if tokens is None else tokens)
         if reason is None:
             return (
                 "packed: what all classes share is encoded once, and the rest of each without "
@@ -93,8 +92,7 @@ class TextTower:
 
     def tokenize(self, names: Sequence[str], template: str = "{ctx} {name}.") -> PromptTokens:
         """Lay out class names; see ``tokenize_names``. Do it once, outside the training loop."""
-        tokens = tokenize_names(self.tokenizer, names, template)
-        return replace(tokens, whole=why_whole(self.text, tokens))
+        return tokenize_names(self.tokenizer, names, template)
 
     def embed_words(self, words: str) -> Tensor:
         """The token embeddings of ``words``, [n, d]: what a context starts from."""
@@ -149,12 +147,9 @@ class TextTower:
         deep: Sequence[Tensor] = (),
     ) -> TextOutput:
         how = {"per": per, "position": position, "deep": deep}
-        if self._why_padded(tokens) is not None:
+        if why_padded(self.text, tokens) is not None:
             return encode_padded(self.text, context, tokens, **how)
         return encode_packed(self.text, context, tokens, max_memory=self.max_memory, **how)
-
-    def _why_padded(self, tokens: PromptTokens) -> str | None:
-        return tokens.whole or self.text.why_padded()
 
     def _learns_weights(self) -> bool:
         return torch.is_grad_enabled() and any(w.requires_grad for w in self.text.weights())

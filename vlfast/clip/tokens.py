@@ -117,12 +117,13 @@ class PromptTokens:
     template: as given to ``tokenize_names``. suffix: int64 [C, S], the tokens after the context up
     to and including EOT, padded with 0. lengths: int64 [C], how many of them count.
     name_lengths: int64 [C], tokens of the name itself. between: how many tokens at the front of
-    every run stand between the context and the name ("of a" in IVLP and MaPLe). sot: the id of
-    the first token, None where texts begin without one. pad: the id that fills up whole sequences.
-    has_context: whether the template names a context. separable: whether every name ends where a
-    token ends (not in "{name}s"). longest: the class name with the most tokens, and how many its
-    run has. whole: why they need whole sequences in the tower that they were made for, or None.
-    They stay on the CPU, where they can be read without stalling a GPU.
+    every run stand between the context and the name ("of a" in IVLP and MaPLe). sot, eot: the ids
+    of the first token, None where texts begin without one, and of the last. pad: the id that fills
+    up whole sequences. pools: which of open_clip's ways to find the token that is read find EOT:
+    "argmax" where no id is as large, "eos" where none is the same. has_context: whether the
+    template names a context. separable: whether every name ends where a token ends (not in
+    "{name}s"). longest: the class name with the most tokens, and how many its run has. What the
+    tower asks at every step is kept as Python values, since reading it from a GPU would stall it.
     """
 
     template: str
@@ -131,11 +132,12 @@ class PromptTokens:
     name_lengths: Tensor
     between: int
     sot: int | None
+    eot: int
     pad: int
+    pools: frozenset[str]
     has_context: bool
     separable: bool
     longest: tuple[str, int]
-    whole: str | None = None
     _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
     _number: int = field(default_factory=_NUMBERS.__next__, init=False, repr=False)
 
@@ -254,6 +256,10 @@ def tokenize_names(tokenizer: Any, names: Sequence[str], template: str) -> Promp
         name_lengths.append(len(name_ids))
         separable &= runs[-1][len(between) : len(between) + len(name_ids)] == name_ids
 
+    sot, eot = tokenizer.sot_token_id, tokenizer.eot_token_id
+    others = {sot, *(token for run in runs for token in run[:-1])} - {None}
+    finds_end = {"argmax": max(others, default=-1) < eot, "eos": eot not in others}
+
     suffix = torch.zeros(len(runs), max(map(len, runs)), dtype=torch.int64)
     for row, run in zip(suffix, runs, strict=True):
         row[: len(run)] = torch.tensor(run)
@@ -263,8 +269,10 @@ def tokenize_names(tokenizer: Any, names: Sequence[str], template: str) -> Promp
         lengths=torch.tensor([len(run) for run in runs]),
         name_lengths=torch.tensor(name_lengths),
         between=len(between),
-        sot=tokenizer.sot_token_id,
+        sot=sot,
+        eot=eot,
         pad=getattr(tokenizer, "pad_token_id", 0),
+        pools=frozenset(pool for pool, finds in finds_end.items() if finds),
         has_context=has_context,
         separable=separable,
         longest=max(zip(names, map(len, runs), strict=True), key=lambda pair: pair[1]),
