@@ -13,8 +13,9 @@
 namespace vlfast {
 namespace {
 
-// Below so many products of a query and a key, waking other threads costs more than it saves.
-constexpr std::int64_t kSerialProducts = 1 << 15;
+// Below so many multiplications of queries with keys, waking other threads costs more than it
+// saves.
+constexpr std::int64_t kSerialProducts = 1 << 20;
 
 // What threads share out, in each head: whole runs of at least so many rows together. The prefix
 // has a sum of its gradient for each of them, so that there are at most so many to a prefix.
@@ -63,7 +64,7 @@ struct Plan {
   std::vector<Segment> segments;
   std::vector<std::int64_t> first_chunk;  // [prefixes + 1]: of the parts of a prefix's gradient
   std::int64_t partials = 0;              // floats of all parts, in each head
-  std::int64_t products = 0;              // of a query and a key, in each head
+  std::int64_t pairs = 0;                 // of a query and a key, in each head
   std::int64_t width = 0;                 // padded
   std::int64_t scores = 0;                // floats that the scores of a group take
   std::int64_t chunk_rows = 0, prefix_rows = 0;  // at most
@@ -104,7 +105,7 @@ void add_chunk(const PrefixAttention& problem, Plan& plan, std::int64_t run, std
       const std::int64_t end = std::min<std::int64_t>(offsets[run + 1], group.end);
       plan.segments.push_back({row, end, offsets[run]});
       keys = std::max(keys, end - offsets[run]);
-      plan.products += (end - row) * (prefix_rows + end - offsets[run]);
+      plan.pairs += (end - row) * (prefix_rows + end - offsets[run]);
       row = end;
     }
     group.end_segment = plan.segments.size();
@@ -467,7 +468,8 @@ void add_parts(const PrefixAttention& problem, const Plan& plan, std::int64_t pr
 }
 
 int worthwhile(int threads, const PrefixAttention& problem, const Plan& plan) {
-  return plan.products * problem.heads < kSerialProducts ? 1 : std::max(threads, 1);
+  const std::int64_t products = plan.pairs * problem.heads * plan.width;
+  return products < kSerialProducts ? 1 : std::max(threads, 1);
 }
 
 template <typename T>
