@@ -106,8 +106,8 @@ def explanation(machine: Mapping[str, Any], yardstick: str) -> list[str]:
         "Errors are the largest over the loss and its gradients, against fp64, relative to the "
         "largest number. Peak: by how much one more forward and backward raises that of memory; "
         "the C++ kernels keep up to some 16 MB of scratch between calls, which is not counted. "
-        "Rate: of the products that are needed at least (in a text tower: of its linear layers), or "
-        "of the bytes.",
+        "Rate: of the products that are needed at least (in a text tower, of its linear layers), "
+        "or of the bytes.",
         "",
         f"- {yardstick}",
         *(f"- {name}: {value}" for name, value in machine.items()),
