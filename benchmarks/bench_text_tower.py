@@ -45,20 +45,21 @@ def make(
     contexts = {"all": (), "class": (classes,), "image": (images,)}[per]
     context = (0.02 * torch.randn(*contexts, n_ctx, tower.width)).to(device).requires_grad_()
     features_of = (images,) if per == "image" else ()
-    weights = torch.randn(*features_of, classes, config["embed_dim"]).to(device)
+    targets = torch.randn(*features_of, classes, config["embed_dim"])
+    targets = F.normalize(targets, dim=-1).to(device)
 
     def ours() -> Tensor:
         features = tower(context, tokens, per=per, position=position).features
-        return weighted_sum(features, weights)
+        return distance(features, targets)
 
     def padded(cut: bool) -> Callable[[], Tensor | Iterator[Tensor]]:
         its_tower = PaddedTower(model, names, n_ctx, cut=cut)
         if per != "image":
-            return lambda: weighted_sum(its_tower(context, position), weights)
+            return lambda: distance(its_tower(context, position), targets)
 
         def image_by_image() -> Iterator[Tensor]:
             for image in range(images):
-                yield weighted_sum(its_tower(context[image]), weights[image])
+                yield distance(its_tower(context[image]), targets[image])
 
         return image_by_image
 
@@ -69,7 +70,7 @@ def make(
             features = torch.stack([precise.in_parts(one) for one in leaf])
         else:
             features = precise.in_parts(leaf, position)
-        loss = weighted_sum(features, weights.double())
+        loss = distance(features, targets.double())
         return [loss.detach(), *torch.autograd.grad(loss, leaf)]
 
     runs = images * classes
@@ -91,8 +92,8 @@ def make(
     )
 
 
-def weighted_sum(features: Tensor, weights: Tensor) -> Tensor:
-    return (F.normalize(features, dim=-1) * weights).sum()
+def distance(features: Tensor, targets: Tensor) -> Tensor:
+    return F.mse_loss(F.normalize(features, dim=-1), targets, reduction="sum")
 
 
 def flop_of_linear_layers(rows: int, runs: int, width: int, depth: int) -> float:

@@ -105,7 +105,9 @@ def explanation(machine: Mapping[str, Any], yardstick: str) -> list[str]:
         "",
         "Errors are the largest over the loss and its gradients, against fp64, relative to the "
         "largest number. Peak: by how much one more forward and backward raises that of memory; "
-        "the C++ kernels keep up to some 16 MB of scratch between calls, which is not counted.",
+        "the C++ kernels keep up to some 16 MB of scratch between calls, which is not counted. "
+        "Rate: of the products that are needed at least (in a text tower, of its linear layers), "
+        "or of the bytes.",
         "",
         f"- {yardstick}",
         *(f"- {name}: {value}" for name, value in machine.items()),
@@ -159,7 +161,7 @@ def plot(op: str, results: Sequence[Result], path: Path) -> None:
     others = other_sides(results)
     figure = Figure(figsize=(8, 1.2 + 0.22 * len(results) * (len(others) + 1)))
     axes = figure.add_subplot()
-    height = 0.8 / len(others)
+    height = 0.8 / max(1, len(others))
     for number, side in enumerate(others):
         places = [row + height * number for row in range(len(results))]
         axes.barh(places, [r.ratios.get(side, 0) for r in results], height, label=side)
