@@ -17,10 +17,11 @@ namespace {
 // saves.
 constexpr std::int64_t kSerialProducts = 1 << 20;
 
-// What threads share out, in each head: whole runs of at least so many rows together. The prefix
-// has a sum of its gradient for each of them, so that there are at most so many to a prefix.
+// What threads share out, in each head: whole runs of at least so many rows together, which stay in
+// the L2 cache, and of so many times the rows of their prefix, since each has a sum of its own for
+// the gradient of that.
 constexpr std::int64_t kChunkRows = 128;
-constexpr std::int64_t kMaxChunks = 32;
+constexpr std::int64_t kChunkPrefixes = 4;
 
 // Rows whose scores are held at a time, in the L1 cache.
 constexpr std::int64_t kGroupRows = 32;
@@ -130,8 +131,8 @@ Plan plan(const PrefixAttention& problem) {
     if (prefixes > 0) add_chunk(problem, plan, n, n + 1, n);
     std::int64_t run = prefixes + suffixes / lists * n;
     const std::int64_t end = run + suffixes / lists;
-    const std::int64_t rows = problem.offsets[end] - problem.offsets[run];
-    const std::int64_t chunk_rows = std::max(kChunkRows, round_up(rows, kMaxChunks) / kMaxChunks);
+    const std::int64_t prefix_rows = prefixes > 0 ? problem.offsets[n + 1] - problem.offsets[n] : 0;
+    const std::int64_t chunk_rows = std::max(kChunkRows, kChunkPrefixes * prefix_rows);
     while (run < end) {
       std::int64_t end_run = run;
       while (end_run < end && problem.offsets[end_run] - problem.offsets[run] < chunk_rows)

@@ -33,6 +33,10 @@ def prefix_attention(qkv: Tensor, runs: PackedRuns, *, scale: float | None = Non
         whole, [M, 3, H, E]; that of a prefix is summed in one order, so that it has the same bits
         on every run.
 
+    fp64, other devices than CPU and CUDA, functorch transforms and forward-mode differentiation are
+    served by plain PyTorch. For second derivatives compute it under
+    ``vlfast.ops.backends.reference_only()``; without it, create_graph=True raises RuntimeError.
+
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes or devices disagree.
