@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import vlfast
@@ -222,3 +223,22 @@ def test_corrupt_training_image_stops_with_its_name(tiny_clip, tmp_path, workers
             workers=workers,
             show_progress=False,
         )
+
+
+def test_memory_for_the_class_names_changes_no_number(squares, tiny_clip, tmp_path):
+    """With less than it takes at once, the classes are encoded one by one."""
+    options = {"data": squares, "model": tiny_clip, "shots": 2, "epochs": 2, "n_ctx": 2}
+    at_once = vlfast.fit("coop", output=tmp_path / "at-once", show_progress=False, **options)
+    try:
+        in_chunks = vlfast.fit(
+            "coop", output=tmp_path / "chunks", show_progress=False, max_memory="1kB", **options
+        )
+        assert tiny_clip.text_tower.max_memory == 1000
+    finally:
+        tiny_clip.text_tower.max_memory = None
+    torch.testing.assert_close(
+        in_chunks.classifier.prompts.context,
+        at_once.classifier.prompts.context,
+        atol=1e-6,
+        rtol=1e-4,
+    )

@@ -200,6 +200,8 @@ def train(
     accelerator = make_accelerator(device, config.model.precision)
     if clip is None:
         clip = _load_recorded_clip(config, accelerator.device)
+    elif config.model.max_memory is not None:
+        clip.text_tower.max_memory = config.model.max_memory
     if dataset is None:
         dataset = _load_recorded_dataset(config)
     # What the run's folder records must be found again from another working directory.
@@ -346,9 +348,11 @@ def default_output(config: Config) -> Path:
 
 def _load_recorded_clip(config: Config, device: torch.device) -> ClipModel:
     try:
-        return load_clip(config.model.name, config.model.pretrained, device=device)
+        clip = load_clip(config.model.name, config.model.pretrained, device=device)
     except UnknownNameError as error:
         raise UnknownNameError(f"{error}; if the model was built in Python, pass clip=") from error
+    clip.text_tower.max_memory = config.model.max_memory
+    return clip
 
 
 def _load_recorded_dataset(config: Config) -> Dataset:

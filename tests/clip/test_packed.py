@@ -397,15 +397,23 @@ def test_chunks_without_gradients(model):
     )
 
 
-@pytest.mark.parametrize("value", ["2GB", 1.5, True])
+@pytest.mark.parametrize(
+    ("value", "size"), [(5, 5), ("5", 5), ("2GB", 2 * 10**9), (" 1.5 MiB", 3 * 2**19), (None, None)]
+)
+def test_max_memory(model, value, size):
+    assert TextTower(model, max_memory=value).max_memory == size
+
+
+@pytest.mark.parametrize("value", [1.5, True, [1]])
 def test_bad_type_of_max_memory(model, value):
     with pytest.raises(TypeError, match="max_memory: expected bytes"):
         TextTower(model, max_memory=value)
 
 
-def test_bad_max_memory(model):
+@pytest.mark.parametrize("value", [0, -1, "0GB", "GB", "two GB", "2 GBit", "1.2.3MB", ""])
+def test_bad_max_memory(model, value):
     with pytest.raises(ValueError, match="at least 1 byte"):
-        TextTower(model, max_memory=0)
+        TextTower(model, max_memory=value)
 
 
 @pytest.mark.parametrize("layout", [LAYOUTS[i] for i in (0, 3, 7, 9, 14)], ids=str)

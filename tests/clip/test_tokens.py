@@ -48,9 +48,16 @@ def test_select_keeps_the_order_asked_for(tokenizer):
     assert torch.equal(chosen.suffix, tokens.suffix[[2, 0]])
 
 
-def test_name_glued_to_letters_is_marked(tokenizer):
-    assert not tokenize_names(tokenizer, ["cat"], "{ctx} {name}s").separable
-    assert tokenize_names(tokenizer, ["cat"], "{ctx} {name}.").separable
+def test_texts_are_split_as_coop_splits_them(tokenizer):
+    """Behind as many tokens as the name has by itself: ")." is one, and goes with the name."""
+    tokens = tokenize_names(tokenizer, ["crane (bird)", "cat"], "{ctx} {name}.")
+    assert tokens.separable
+    assert tokens.name_lengths.tolist() == [4, 1] and tokens.lengths.tolist() == [5, 3]
+
+
+def test_a_name_that_melts_into_what_follows_is_marked(tokenizer):
+    """ "elep" has two tokens, "elephant" has one."""
+    assert not tokenize_names(tokenizer, ["elep"], "{ctx} {name}hant").separable
 
 
 @pytest.mark.parametrize(

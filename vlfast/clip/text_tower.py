@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import get_args
 from weakref import WeakKeyDictionary
@@ -30,10 +31,10 @@ class TextTower:
 
     model: an open_clip CLIP or CustomTextCLIP, an openai/CLIP, or a transformers CLIPModel.
     tokenizer: open_clip's SimpleTokenizer by default; see ``as_tokenizer`` for others. max_memory:
-    bytes that encoding may take at a time. Images and classes then go in chunks, and what a chunk
-    keeps for its backward is computed again; None, the default, takes all at once. It may be set
-    later on. Raises ValueError, with the reason, for a model without a text tower that prompts can
-    be learned for.
+    what encoding may take at a time, bytes or "2GB". Images and classes then go in chunks, and what
+    a chunk keeps for its backward is computed again; None, the default, takes all at once. It may
+    be set later on, and holds for the packed path. Raises ValueError, with the reason, for a model
+    without a text tower that prompts can be learned for.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class TextTower:
         model: nn.Module,
         tokenizer: Tokenizer | None = None,
         *,
-        max_memory: int | None = None,
+        max_memory: int | str | None = None,
     ) -> None:
         if tokenizer is None:
             from open_clip.tokenizer import SimpleTokenizer
@@ -58,12 +59,8 @@ class TextTower:
         return self._max_memory
 
     @max_memory.setter
-    def max_memory(self, value: int | None) -> None:
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-            raise TypeError(f"max_memory: expected bytes or None, got {value!r}")
-        if value is not None and value < 1:
-            raise ValueError(f"max_memory: expected at least 1 byte, got {value}")
-        self._max_memory = value
+    def max_memory(self, value: int | str | None) -> None:
+        self._max_memory = None if value is None else _bytes(value)
 
     def explain(self, tokens: PromptTokens | None = None) -> str:
         """Which path encodes prompts (these tokens) at this moment, and why."""
@@ -238,3 +235,23 @@ class TextTower:
                     f"got {tokens.template!r}"
                 )
         tokens.check_fits(n, self.context_length)
+
+
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def _bytes(value: int | str) -> int:
+    if not isinstance(value, (int, str)) or isinstance(value, bool):
+        raise TypeError(f'max_memory: expected bytes, a size such as "2GB" or None, got {value!r}')
+    number, unit = value, ""
+    if isinstance(value, str):
+        number, unit = re.match(r"\s*([\d.]*)\s*(.*?)\s*$", value).groups()
+    try:
+        size = int(float(number) * _UNITS[unit.lower()])
+    except (KeyError, ValueError):
+        size = 0
+    if size < 1:
+        raise ValueError(
+            f'max_memory: expected at least 1 byte, or a size such as "2GB", got {value!r}'
+        )
+    return size

@@ -121,9 +121,11 @@ class PromptTokens:
     of the first token, None where texts begin without one, and of the last. pad: the id that fills
     up whole sequences. pools: which of open_clip's ways to find the token that is read find EOT:
     "argmax" where no id is as large, "eos" where none is the same. has_context: whether the
-    template names a context. separable: whether every name ends where a token ends (not in
-    "{name}s"). longest: the class name with the most tokens, and how many its run has. What the
-    tower asks at every step is kept as Python values, since reading it from a GPU would stall it.
+    template names a context. separable: whether every text can be split behind as many tokens as
+    its name has by itself, as CoOp splits it: where the tokenizer joins the name's last sign to
+    what follows, as ")" and ".", that goes with the name. longest: the class name with the most
+    tokens, and how many its run has. They stay on the CPU, and what is asked at every step are
+    Python values: to read either stalls no GPU.
     """
 
     template: str
@@ -254,7 +256,7 @@ def tokenize_names(tokenizer: Any, names: Sequence[str], template: str) -> Promp
         runs.append([*run, tokenizer.eot_token_id])
         name_ids = tokenizer.encode(f"{gap}{clean}")
         name_lengths.append(len(name_ids))
-        separable &= runs[-1][len(between) : len(between) + len(name_ids)] == name_ids
+        separable &= len(between) + len(name_ids) < len(runs[-1])
 
     sot, eot = tokenizer.sot_token_id, tokenizer.eot_token_id
     others = {sot, *(token for run in runs for token in run[:-1])} - {None}

@@ -25,12 +25,15 @@ class ModelConfig:
         pretrained: An open_clip tag or the path of a weight file; bundled models need none.
         precision: What the forward pass computes in; prompts stay fp32.
         device: "auto" takes a GPU if there is one; else "cpu", "cuda", "cuda:1", ...
+        max_memory: What encoding the class names may take at a time, such as 2GB: more classes are
+            then encoded in chunks, each once more in its backward. By default there is no limit.
     """
 
     name: str = "glyphs-student"
     pretrained: str | None = None
     precision: Precision = "fp32"
     device: str = "auto"
+    max_memory: str | None = None
 
 
 @dataclass
