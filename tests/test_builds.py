@@ -20,7 +20,10 @@ spec.loader.exec_module(extension)
 import pytest
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "not compile", *sys.argv[2:]]))
 """
-TESTS = [f"tests/ops/test_{op}.py" for op in ("symmetric_kl", "perplexity", "gated_mixture")]
+TESTS = [
+    f"tests/ops/test_{op}.py"
+    for op in ("symmetric_kl", "perplexity", "gated_mixture", "prefix_attention")
+]
 
 pytestmark = [
     pytest.mark.slow,

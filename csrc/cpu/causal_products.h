@@ -56,19 +56,38 @@ VLFAST_INLINE void store(const Vector& from, float* to) {
   std::memcpy(to, &from, sizeof from);
 }
 
+template <typename Vector>
+struct Halves;
+template <>
+struct Halves<Vector64> {
+  Vector32 low, high;
+};
+template <>
+struct Halves<Vector32> {
+  Vector16 low, high;
+};
+
 VLFAST_INLINE float total(const Vector16& x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 
-VLFAST_INLINE float total(const Vector32& x) {
-  Vector16 halves[2];
-  std::memcpy(halves, &x, sizeof x);
-  return total(halves[0] + halves[1]);
+template <typename Vector>
+VLFAST_INLINE float total(const Vector& x) {
+  Halves<Vector> halves;
+  std::memcpy(&halves, &x, sizeof x);
+  halves.low += halves.high;
+  return total(halves.low);
 }
 
-VLFAST_INLINE float total(const Vector64& x) {
-  Vector32 halves[2];
-  std::memcpy(halves, &x, sizeof x);
-  const Vector32 sum = halves[0] + halves[1];
-  return total(sum);
+VLFAST_INLINE float largest(const Vector16& x) {
+  const float even = x[0] < x[2] ? x[2] : x[0], odd = x[1] < x[3] ? x[3] : x[1];
+  return even < odd ? odd : even;
+}
+
+template <typename Vector>
+VLFAST_INLINE float largest(const Vector& x) {
+  Halves<Vector> halves;
+  std::memcpy(&halves, &x, sizeof x);
+  halves.low = halves.low < halves.high ? halves.high : halves.low;
+  return largest(halves.low);
 }
 
 template <typename Vector, int kQueries, int kKeys>

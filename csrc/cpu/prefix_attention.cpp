@@ -13,8 +13,9 @@
 namespace vlfast {
 namespace {
 
-// Below so many products of a query and a key, waking other threads costs more than it saves.
-constexpr std::int64_t kSerialProducts = 1 << 15;
+// Below so many multiplications of queries with keys, waking other threads costs more than it
+// saves.
+constexpr std::int64_t kSerialProducts = 1 << 20;
 
 // What threads share out, in each head: whole runs of at least so many rows together. The prefix
 // has a sum of its gradient for each of them, so that there are at most so many to a prefix.
@@ -63,7 +64,7 @@ struct Plan {
   std::vector<Segment> segments;
   std::vector<std::int64_t> first_chunk;  // [prefixes + 1]: of the parts of a prefix's gradient
   std::int64_t partials = 0;              // floats of all parts, in each head
-  std::int64_t products = 0;              // of a query and a key, in each head
+  std::int64_t pairs = 0;                 // of a query and a key, in each head
   std::int64_t width = 0;                 // padded
   std::int64_t scores = 0;                // floats that the scores of a group take
   std::int64_t chunk_rows = 0, prefix_rows = 0;  // at most
@@ -71,11 +72,11 @@ struct Plan {
 
 void check_offsets(const PrefixAttention& problem) {
   const std::int32_t* offsets = problem.offsets;
-  const bool divided = problem.prefixes == 0 || problem.runs % problem.prefixes == 0;
-  if (offsets[0] != 0 || offsets[problem.runs] != problem.rows ||
-      !std::is_sorted(offsets, offsets + problem.runs + 1) || problem.prefixes < 0 ||
-      problem.prefixes > problem.runs || !divided)
-    throw std::invalid_argument("offsets: expected runs that divide the rows");
+  const std::int64_t runs = problem.runs, prefixes = problem.prefixes;
+  const bool divided = prefixes == 0 || (prefixes > 0 && prefixes <= runs && runs % prefixes == 0);
+  if (runs < 0 || !divided || offsets[0] != 0 || offsets[runs] != problem.rows ||
+      !std::is_sorted(offsets, offsets + runs + 1))
+    throw std::invalid_argument("offsets: expected prefixes and runs that make up the rows of qkv");
 }
 
 // The runs from `run` to `end_run` as one chunk.
@@ -104,7 +105,7 @@ void add_chunk(const PrefixAttention& problem, Plan& plan, std::int64_t run, std
       const std::int64_t end = std::min<std::int64_t>(offsets[run + 1], group.end);
       plan.segments.push_back({row, end, offsets[run]});
       keys = std::max(keys, end - offsets[run]);
-      plan.products += (end - row) * (prefix_rows + end - offsets[run]);
+      plan.pairs += (end - row) * (prefix_rows + end - offsets[run]);
       row = end;
     }
     group.end_segment = plan.segments.size();
@@ -161,55 +162,71 @@ VLFAST_INLINE void narrow_rows(const float* from, std::int64_t padded, std::int6
   }
 }
 
-#define VLFAST_ROWS_OF(T)                                                                        \
-  VLFAST_DISPATCH void read_rows(const T* from, std::int64_t step, std::int64_t rows,            \
-                                 std::int64_t width, std::int64_t padded, float factor,          \
-                                 float* to) {                                                    \
-    widen_rows(from, step, rows, width, padded, factor, to);                                     \
-  }                                                                                              \
-  VLFAST_DISPATCH void write_rows(const float* from, std::int64_t padded, std::int64_t rows,     \
-                                  std::int64_t width, std::int64_t step, float factor, T* to) {  \
-    narrow_rows(from, padded, rows, width, step, factor, to);                                    \
+#define VLFAST_ROWS_OF(T)                                                                       \
+  VLFAST_DISPATCH void read_rows(const T* from, std::int64_t step, std::int64_t rows,           \
+                                 std::int64_t width, std::int64_t padded, float factor,         \
+                                 float* to) {                                                   \
+    widen_rows(from, step, rows, width, padded, factor, to);                                    \
+  }                                                                                             \
+  VLFAST_DISPATCH void write_rows(const float* from, std::int64_t padded, std::int64_t rows,    \
+                                  std::int64_t width, std::int64_t step, float factor, T* to) { \
+    narrow_rows(from, padded, rows, width, step, factor, to);                                   \
   }
 VLFAST_ROWS_OF(float)
 VLFAST_ROWS_OF(BFloat16)
 VLFAST_ROWS_OF(Float16)
 #undef VLFAST_ROWS_OF
 
+// Rows of scores are short: what counts is that a sum ends in a few vector operations, where a
+// reduction of OpenMP goes from lane to lane.
+using Lanes = causal_products::Vector64;
+static_assert(sizeof(Lanes) == kScoreStep * sizeof(float));
+
 // Scores to weights, in place: those of row r are the first `count` + r, and the rest of its
 // `stride` becomes 0.
-VLFAST_DISPATCH void softmax_rows(float* scores, std::int64_t stride, std::int64_t rows,
-                                  std::int64_t count, float* log_normaliser, std::int64_t step) {
-  const std::int64_t padded = stride / kScoreStep * kScoreStep;
-  for (std::int64_t r = 0; r < rows; ++r, scores += stride) {
-    std::fill(scores + count + r, scores + padded, -std::numeric_limits<float>::infinity());
-    float largest = -std::numeric_limits<float>::infinity(), sum = 0;
-#pragma omp simd reduction(max : largest)
-    for (std::int64_t k = 0; k < padded; ++k)
-      largest = largest < scores[k] ? scores[k] : largest;
-#pragma omp simd reduction(+ : sum)
-    for (std::int64_t k = 0; k < padded; ++k) {
-      scores[k] = exp_negative(scores[k] - largest);
-      sum += scores[k];
+VLFAST_DISPATCH void softmax_rows(float* __restrict scores, std::int64_t stride, std::int64_t rows,
+                                  std::int64_t count, float* __restrict log_normaliser,
+                                  std::int64_t step) {
+  constexpr float kLowest = -std::numeric_limits<float>::infinity();
+  for (std::int64_t r = 0; r < rows; ++r, ++count, scores += stride) {
+    Lanes lanes = Lanes{} + kLowest, some;
+    for (std::int64_t k = 0; k < stride; k += kScoreStep) {
+      const auto left = static_cast<std::int32_t>(count - k);
+      for (std::int32_t l = 0; l < kScoreStep; ++l)
+        scores[k + l] = l < left ? scores[k + l] : kLowest;
+      causal_products::load(scores + k, some);
+      lanes = lanes < some ? some : lanes;
     }
+    const float top = causal_products::largest(lanes);
+    lanes = Lanes{};
+    for (std::int64_t k = 0; k < stride; k += kScoreStep) {
+      for (std::int64_t l = 0; l < kScoreStep; ++l)
+        scores[k + l] = exp_negative(scores[k + l] - top);
+      causal_products::load(scores + k, some);
+      lanes += some;
+    }
+    const float sum = causal_products::total(lanes);
     const float share = 1 / sum;
-#pragma omp simd
-    for (std::int64_t k = 0; k < padded; ++k) scores[k] *= share;
-    if (log_normaliser) log_normaliser[r * step] = largest + std::log(sum);
+    for (std::int64_t k = 0; k < stride; ++k) scores[k] *= share;
+    if (log_normaliser) log_normaliser[r * step] = top + std::log(sum);
   }
 }
 
 // Gradients of the weights to those of the scores, in place.
-VLFAST_DISPATCH void through_softmax(const float* weights, float* gradients, std::int64_t stride,
-                                     std::int64_t rows, std::int64_t count) {
-  const std::int64_t padded = stride / kScoreStep * kScoreStep;
-  for (std::int64_t r = 0; r < rows; ++r, weights += stride, gradients += stride) {
-    std::fill(gradients + count + r, gradients + padded, 0.0f);
-    float mean = 0;
-#pragma omp simd reduction(+ : mean)
-    for (std::int64_t k = 0; k < padded; ++k) mean += weights[k] * gradients[k];
-#pragma omp simd
-    for (std::int64_t k = 0; k < padded; ++k) gradients[k] = weights[k] * (gradients[k] - mean);
+VLFAST_DISPATCH void through_softmax(const float* __restrict weights, float* __restrict gradients,
+                                     std::int64_t stride, std::int64_t rows, std::int64_t count) {
+  for (std::int64_t r = 0; r < rows; ++r, ++count, weights += stride, gradients += stride) {
+    Lanes lanes{}, some, of_some;
+    for (std::int64_t k = 0; k < stride; k += kScoreStep) {
+      const auto left = static_cast<std::int32_t>(count - k);
+      for (std::int32_t l = 0; l < kScoreStep; ++l)
+        gradients[k + l] = l < left ? gradients[k + l] : 0;
+      causal_products::load(gradients + k, some);
+      causal_products::load(weights + k, of_some);
+      lanes += of_some * some;
+    }
+    const float mean = causal_products::total(lanes);
+    for (std::int64_t k = 0; k < stride; ++k) gradients[k] = weights[k] * (gradients[k] - mean);
   }
 }
 
@@ -328,8 +345,8 @@ struct Attention {
   }
 
   // sums [rows of the group, width] = weights . (of the prefix, then of the run of each row)
-  void sum(const Group& group, std::int64_t stride, const float* weights,
-           const float* of_prefix, const float* of_run, float* sums) const {
+  void sum(const Group& group, std::int64_t stride, const float* weights, const float* of_prefix,
+           const float* of_run, float* sums) const {
     const std::int64_t count = group.end - group.begin;
     std::fill_n(sums, count * width, 0.0f);
     sum_over_keys({weights, stride, count, prefix_rows, prefix_rows, width, of_prefix, sums});
@@ -364,8 +381,7 @@ void attend(const PrefixAttention& problem, const Plan& plan, const Chunk& chunk
   Pieces pieces{at_least(kept, Rows::size(plan) + kGroupRows * plan.width)};
   const Attention<T> attention{problem, plan, chunk, head, Rows(plan, pieces)};
   float* const sums = pieces.take(kGroupRows * plan.width);
-  const auto output =
-      head_of(static_cast<T*>(results.output), 0, 1, problem, head, plan.width);
+  const auto output = head_of(static_cast<T*>(results.output), 0, 1, problem, head, plan.width);
   attention.read();
   for (std::int64_t g = chunk.first_group; g < chunk.end_group; ++g) {
     const Group& group = plan.groups[g];
@@ -385,8 +401,7 @@ void differentiate(const PrefixAttention& problem, const Plan& plan, const Chunk
   thread_local std::vector<float> kept;
   const std::int64_t chunk_size = plan.chunk_rows * plan.width;
   const std::int64_t group_size = kGroupRows * plan.width;
-  Pieces pieces{
-      at_least(kept, Rows::size(plan) + plan.scores + 3 * chunk_size + group_size)};
+  Pieces pieces{at_least(kept, Rows::size(plan) + plan.scores + 3 * chunk_size + group_size)};
   const Attention<T> attention{problem, plan, chunk, head, Rows(plan, pieces)};
   const Rows& rows = attention.rows;
   float* const to_scores = pieces.take(plan.scores);
@@ -453,7 +468,8 @@ void add_parts(const PrefixAttention& problem, const Plan& plan, std::int64_t pr
 }
 
 int worthwhile(int threads, const PrefixAttention& problem, const Plan& plan) {
-  return plan.products * problem.heads < kSerialProducts ? 1 : std::max(threads, 1);
+  const std::int64_t products = plan.pairs * problem.heads * plan.width;
+  return products < kSerialProducts ? 1 : std::max(threads, 1);
 }
 
 template <typename T>

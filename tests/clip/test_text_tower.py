@@ -198,21 +198,41 @@ def test_custom_text_clip_reads_the_same(tiny_model):
 
 
 @pytest.mark.parametrize(
-    ("text", "match"),
+    ("text", "reason"),
     [
         ({"no_causal_mask": True, "pool_type": "last"}, "not causal"),
         ({"embed_cls": True}, "class token"),
-        ({"pool_type": "last"}, "pools by 'last'"),
+        ({"pool_type": "last"}, "pools the last token"),
     ],
 )
-def test_other_text_towers_are_refused_with_the_reason(text, match):
+def test_other_text_towers_get_whole_sequences(text, reason):
+    torch.manual_seed(0)
     model = open_clip.model.CustomTextCLIP(
         embed_dim=32,
         vision_cfg={"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
         text_cfg={"context_length": 24, "width": 32, "heads": 2, "layers": 1, **text},
-    )
-    with pytest.raises(ValueError, match=match):
-        TextTower(model)
+    ).eval()
+    tower = TextTower(model)
+    assert tower.explain().startswith("padded: every class is a whole sequence of 24, since")
+    assert reason in tower.explain()
+    tokens = tower.tokenize(NAMES)
+    out = tower(tower.embed_words("a photo of a"), tokens)
+    expected = encode(model, [f"a photo of a {n.replace('_', ' ')}." for n in NAMES])
+    torch.testing.assert_close(out.features, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_a_hook_that_comes_later_changes_the_path(tower, tiny_model, context):
+    tokens = tower.tokenize(NAMES)
+    before = tower(context, tokens).features
+    assert tower.explain(tokens).startswith("packed")
+    seen = []
+    with tiny_model.transformer.resblocks[1].register_forward_hook(
+        lambda module, args, output: seen.append(output.shape)
+    ):
+        assert "resblocks[1] has a forward hook" in tower.explain(tokens)
+        torch.testing.assert_close(tower(context, tokens).features, before, atol=1e-6, rtol=1e-5)
+    assert seen == [(len(NAMES), 24, tower.width)]
+    assert tower.explain(tokens).startswith("packed")
 
 
 def test_a_model_without_text_is_refused():

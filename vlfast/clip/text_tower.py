@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vlfast.clip.feature_cache import FeatureCache
 from vlfast.clip.packed import encode_packed
-from vlfast.clip.padded import encode_padded
+from vlfast.clip.padded import encode_padded, why_padded
 from vlfast.clip.text_model import TextModel
 from vlfast.clip.text_output import Per, Position, TextOutput
 from vlfast.clip.tokens import PromptTokens, Tokenizer, as_tokenizer, tokenize_names
@@ -65,9 +65,9 @@ class TextTower:
             raise ValueError(f"max_memory: expected at least 1 byte, got {value}")
         self._max_memory = value
 
-    def explain(self) -> str:
-        """Which path encodes prompts at this moment, and why."""
-        reason = self._why_padded(self.tokenizer.sot_token_id)
+    def explain(self, tokens: PromptTokens | None = None) -> str:
+        """Which path encodes prompts (these tokens) at this moment, and why."""
+        reason = why_padded(self.text, self.tokenize(["a"]) if tokens is None else tokens)
         if reason is None:
             return (
                 "packed: what all classes share is encoded once, and the rest of each without "
@@ -147,14 +147,9 @@ class TextTower:
         deep: Sequence[Tensor] = (),
     ) -> TextOutput:
         how = {"per": per, "position": position, "deep": deep}
-        if self._why_padded(tokens.sot) is not None:
+        if why_padded(self.text, tokens) is not None:
             return encode_padded(self.text, context, tokens, **how)
         return encode_packed(self.text, context, tokens, max_memory=self.max_memory, **how)
-
-    def _why_padded(self, sot: int | None) -> str | None:
-        if sot is None:
-            return "its texts have no start token, which a prefix could begin with"
-        return self.text.why_padded()
 
     def _learns_weights(self) -> bool:
         return torch.is_grad_enabled() and any(w.requires_grad for w in self.text.weights())

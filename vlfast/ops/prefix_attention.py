@@ -12,6 +12,7 @@ from . import checks, reference
 from .backends import kernel_serves
 from .kernel_calls import DTYPES, addresses, dispatcher_sees, refuse_second_derivative
 from .packed_runs import PackedRuns
+from .symmetric_kl import is_batched
 
 
 def prefix_attention(qkv: Tensor, runs: PackedRuns, *, scale: float | None = None) -> Tensor:
@@ -53,6 +54,8 @@ def check_arguments(qkv: Any, runs: Any, scale: Any) -> None:
     checks.check_floating("qkv", qkv, ("M", "3", "H", "E"))
     if not isinstance(runs, PackedRuns):
         raise TypeError(f"runs: expected a PackedRuns, got {checks.describe(runs)}")
+    checks.check_dtype("runs.offsets", runs.offsets, torch.int32, ("R + 1",))
+    checks.check_dtype("runs.rows", runs.rows, torch.int32, ("4", "M"))
     if qkv.shape[1] != 3 or 0 in qkv.shape[2:]:
         raise ValueError(f"qkv: expected a shape [M, 3, H, E], got {checks.describe(qkv)}")
     rows = runs.rows.shape[1]
@@ -104,7 +107,8 @@ def run_kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def run_backward_kernel(upstream: Tensor, qkv: Tensor, *others: Any) -> Tensor:
-    if dispatcher_sees(upstream, qkv):
+    # The dispatcher takes many upstreams at once apart.
+    if dispatcher_sees(upstream, qkv) or is_batched(upstream):
         return torch.ops.vlfast.prefix_attention_backward(upstream, qkv, *others)
     kernel = prefix_attention_backward_cpu if qkv.is_cpu else prefix_attention_backward_cuda
     return kernel(upstream, qkv, *others)
@@ -162,7 +166,7 @@ def prefix_attention_backward_cpu(
     *others: Any,
 ) -> Tensor:
     problem = contiguous(Problem(qkv, *others))
-    grad_output = grad_output.contiguous()
+    grad_output = grad_output.to(qkv.dtype).contiguous()
     to_qkv = torch.empty_like(problem.qkv)
     extension().prefix_attention_backward_cpu(
         *problem.for_cpu(), *addresses((grad_output, to_qkv)), torch.get_num_threads()
