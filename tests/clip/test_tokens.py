@@ -141,7 +141,7 @@ def test_special_tokens_are_those_around_a_text(tokenizer, roberta, t5):
 
 
 def test_texts_are_cleaned_as_the_wrapper_does(t5):
-    from open_clip.tokenizer import get_clean_fn
+    from open_clip.tokenizer import SigLipTokenizer, get_clean_fn
 
     plain = as_tokenizer(t5).encode("school bus")
     assert as_tokenizer(t5).encode(" school \n bus ") == plain
@@ -149,6 +149,10 @@ def test_texts_are_cleaned_as_the_wrapper_does(t5):
     canonical = copy.copy(t5)
     canonical.clean_fn = get_clean_fn("canonicalize")
     assert as_tokenizer(canonical).encode("School Bus!") == plain
+    # Its constructor downloads a vocabulary.
+    siglip = SigLipTokenizer.__new__(SigLipTokenizer)
+    siglip.tokenizer = t5.tokenizer
+    assert as_tokenizer(siglip).encode(" School Bus!") == plain
 
 
 def test_a_separator_that_is_stripped_ends_texts_with_zero(roberta):

@@ -206,7 +206,7 @@ class TextModel:
             # What a block adds may be far smaller than what it adds it to, whose rounding remains.
             slack=4 * torch.finfo(x.dtype).eps * float(x.abs().max()),
             device=x.device,
-            what=f"is a {type(block).__name__}, which computes something else than CLIP's block",
+            what=f"is {type(block).__name__}, which computes something else than CLIP's block",
         )
 
     def _try_tower(self) -> str | None:
@@ -217,8 +217,10 @@ class TextModel:
         words = self.token_embedding.weight.shape[0]
         eot = self.context_length // 2
         ids = torch.zeros(1, self.context_length, dtype=torch.int64)
-        ids[0, :eot] = torch.randint(words - 1, (eot,), generator=torch.Generator().manual_seed(0))
-        ids[0, eot] = words - 1
+        end = self.eos_id if self.pool_type == "eos" else words - 1
+        before = torch.randint(words - 1, (eot,), generator=torch.Generator().manual_seed(0))
+        ids[0, :eot] = before.where(before != end, 0)
+        ids[0, eot] = end
         ids = ids.to(self.device)
 
         def ours() -> Tensor:
@@ -291,7 +293,7 @@ def _hugging_face_clip(model: nn.Module) -> dict[str, Any]:
             f"model: {type(model).__name__} is a Hugging Face model of type {kind!r}, "
             "of which clip, metaclip_2, siglip and siglip2 serve"
         )
-    tower, causal = model.text_model, "clip" in kind and "siglip" not in kind
+    tower, causal = model.text_model, "siglip" not in kind
     return {
         "model": model,
         "tower": tower,
@@ -361,7 +363,7 @@ def _why_block_whole(block: nn.Module) -> str | None:
     modules = block._modules
     attn, mlp = modules.get("attn"), modules.get("mlp")
     if type(attn).forward is not nn.MultiheadAttention.forward:
-        return f".attn is a {type(attn).__name__}, not an nn.MultiheadAttention"
+        return f".attn is {type(attn).__name__}, not nn.MultiheadAttention"
     if found := _interference(attn):
         return f".attn {found}"
     if not attn._qkv_same_embed_dim:
@@ -369,7 +371,7 @@ def _why_block_whole(block: nn.Module) -> str | None:
     if attn.bias_k is not None or attn.add_zero_attn:
         return ".attn attends to a bias or to zeros beside the tokens"
     if mlp is None or "ln_1" not in modules or "ln_2" not in modules:
-        return f" is a {type(block).__name__}, which is not made of ln_1, attn, ln_2 and mlp"
+        return f" is {type(block).__name__}, which is not made of ln_1, attn, ln_2 and mlp"
     training = attn.training or block.training or mlp.training
     if training or any(module.training for module in mlp._modules.values()):
         if attn.training and attn.dropout > 0:
@@ -386,8 +388,8 @@ def _interference(module: nn.Module) -> str | None:
         return f"has a forward hook, {_NEEDS_WHOLE}"
     if state["_backward_hooks"] or state["_backward_pre_hooks"]:
         return f"has a backward hook, {_NEEDS_WHOLE}"
-    if "forward" in state:
-        return f"has a forward of its own instance, {_NEEDS_WHOLE}"
+    if "forward" in state or "attention" in state:
+        return f"has methods replaced in this instance, {_NEEDS_WHOLE}"
     return None
 
 
@@ -399,8 +401,8 @@ def _drops(module: nn.Module) -> bool:
 
 
 def _is_read(module: nn.Module) -> bool:
-    changed = {"forward", "encode_text", "attention"} & module.__dict__.keys()
-    return f"{type(module).__module__}.{type(module).__qualname__}" in _READ and not changed
+    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    return name in _READ and "encode_text" not in module.__dict__
 
 
 def _kind(block: nn.Module) -> tuple[object, ...]:
