@@ -14,13 +14,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.ops.support import normal
+from tests.ops.support import assert_close, normal
 from vlfast.ops import reference
+from vlfast.ops.packed_runs import PackedRuns
 
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from vlfast.ops.triton import gated_mixture as kernels  # noqa: E402
+from vlfast.ops.triton import prefix_attention  # noqa: E402
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -306,8 +308,153 @@ class TestNumbers:
         assert [tuple(actual[name].shape) for name in NAMES] == [(0,), (0,), (0, 7), (0, 4), (0, 4)]
 
 
+def attention_problem(prefixes, suffixes, heads=2, width=8, dtype=F32, device=DEVICE):
+    """(upstream gradient, qkv, runs, scale)."""
+    runs = PackedRuns.of(prefixes, suffixes)
+    count = runs.rows.shape[1]
+    upstream, qkv = normal(count, heads, width, seed=2), normal(count, 3, heads, width, seed=1)
+    return upstream.to(device, dtype), qkv.to(device, dtype), runs.to(device), width**-0.5
+
+
+def attention(upstream, qkv, runs, scale):
+    """(output, log_normaliser, gradient to qkv), from memory that held NaN."""
+    layout = (runs.offsets, runs.rows, runs.prefixes, scale)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3, device=DEVICE).isnan().all()
+        forward = prefix_attention.prefix_attention_forward(qkv, *layout)
+        grad_qkv = prefix_attention.prefix_attention_backward(upstream, qkv, *forward, *layout)
+        return *forward, grad_qkv
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def who_sees_whom(runs):
+    """bool [M, M]: whether the row of a query sees that of a key."""
+    run_start, _, prefix_start, prefix_end = (x[:, None] for x in runs.rows.long())
+    key = torch.arange(len(run_start), device=run_start.device)
+    of_run = (run_start <= key) & (key <= key[:, None])
+    return of_run | ((prefix_start <= key) & (key < prefix_end))
+
+
+@needs_numbers
+class TestPrefixAttention:
+    @pytest.mark.parametrize(
+        ("prefixes", "suffixes", "heads", "width", "dtype"),
+        [
+            ([1], [1], 1, 1, F32),
+            ([4], [3, 1, 5], 2, 8, F16),
+            ([3, 5], [2, 0, 3, 4], 2, 8, F32),
+            ([0], [2, 2], 2, 8, F32),
+            ([0, 2, 0], [], 2, 8, F32),
+            ([], [3, 0, 1], 2, 8, F32),
+            ([], [40, 50], 1, 8, BF16),
+            ([17], [], 2, 8, F32),
+            ([17], [4, 3, 0, 6] * 3, 1, 64, F32),
+            ([17], [4, 3, 0, 6] * 3, 1, 64, F16),
+            ([17], [4, 3, 0, 6] * 3, 1, 64, BF16),
+            ([17], [4, 3, 6], 3, 80, F32),
+            ([17], [4, 3, 6], 3, 80, BF16),
+            ([5], [4, 7], 1, 256, F32),
+            ([5], [4, 7], 1, 256, F16),
+            # Several blocks of keys of a prefix, whose queries are split.
+            ([77], [5, 0, 3] * 60, 1, 8, BF16),
+            ([40], [5, 0, 3] * 40, 1, 4, F32),
+            # So many rows of prefixes that there is room for one split.
+            ([110], [2] * 40, 1, 16, F16),
+            ([1], [20] * 14, 1, 16, F32),
+            ([3], [77, 1, 76], 1, 16, F16),
+            # A block of rows sees many prefixes.
+            ([3, 0, 4, 1] * 6, [2, 1] * 24, 1, 16, F32),
+            ([3, 0, 40], [2, 0, 35, 4] * 3, 1, 16, BF16),
+        ],
+    )
+    def test_the_numbers(self, prefixes, suffixes, heads, width, dtype):
+        upstream, qkv, runs, scale = attention_problem(prefixes, suffixes, heads, width, dtype)
+        output, log_normaliser, grad_qkv = attention(upstream, qkv, runs, scale)
+        leaf = qkv.double().requires_grad_()
+        expected = reference.prefix_attention(leaf, runs, scale)
+        (expected_gradient,) = torch.autograd.grad(expected, leaf, upstream.double())
+        scores = torch.einsum("qhe,khe->qhk", leaf[:, 0], leaf[:, 1]) * scale
+        scores = scores.masked_fill(~who_sees_whom(runs)[:, None], -torch.inf)
+
+        assert (output.dtype, log_normaliser.dtype, grad_qkv.dtype) == (dtype, F32, dtype)
+        # In half precision weights and their gradients are rounded before they are multiplied.
+        tolerance = {F32: 1e-6, F16: 1e-3, BF16: 8e-3}[dtype]
+        assert_close(output, expected, tolerance)
+        assert_close(log_normaliser, scores.logsumexp(-1), 1e-6)
+        for part in range(3):
+            assert_close(grad_qkv[:, part], expected_gradient[:, part], 2 * tolerance)
+
+    def test_scale_and_large_scores(self):
+        upstream, qkv, runs, _ = attention_problem([3], [2, 4], dtype=F32)
+        qkv[:, :2] *= 6
+        output, _, grad_qkv = attention(upstream, qkv, runs, 1.0)
+        leaf = qkv.double().requires_grad_()
+        expected = reference.prefix_attention(leaf, runs, 1.0)
+        assert_close(output, expected, 1e-4)
+        assert_close(grad_qkv, torch.autograd.grad(expected, leaf, upstream.double())[0], 1e-4)
+
+    def test_the_gradient_of_a_prefix_however_it_is_split(self, monkeypatch):
+        problem = attention_problem([5], [4] * 70, 1, 16)
+        *_, split = attention(*problem)
+        monkeypatch.setattr(prefix_attention, "MOST_SPLITS", 1)
+        *_, whole = attention(*problem)
+        assert torch.equal(split[:, 0], whole[:, 0])
+        assert torch.equal(split[5:], whole[5:])
+        assert not torch.equal(split[:5], whole[:5])
+        assert_close(split, whole, 1e-6)
+
+    @pytest.mark.parametrize("dtype", [F32, BF16, F16])
+    @pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+    @pytest.mark.parametrize("row", [1, 7])
+    @pytest.mark.parametrize("part", [0, 1, 2, 3])
+    def test_what_is_not_finite_stays_with_who_sees_it(self, part, row, value, dtype):
+        """In a query, a key, a value or an upstream gradient, of a prefix or of a run."""
+        upstream, qkv, runs, scale = attention_problem([2, 2], [3, 4, 1, 2], dtype=dtype)
+        expected = attention(upstream, qkv, runs, scale)
+        qkv, upstream = qkv.clone(), upstream.clone()
+        if part < 3:
+            qkv[row, part, 1, 2] = value
+        else:
+            upstream[row, 1, 2] = value
+        actual = attention(upstream, qkv, runs, scale)
+
+        sees = who_sees_whom(runs)
+        broken = sees[:, row] if part in (1, 2) else torch.arange(len(qkv), device=DEVICE) == row
+        seen_by_broken = sees[broken].any(0)
+        assert 0 < broken.sum() < len(qkv)
+        assert seen_by_broken.sum() < len(qkv)
+        broken_gradient = torch.stack([broken, seen_by_broken, seen_by_broken], 1)
+        broken_output = broken & (part < 3)
+        for index, where in enumerate([broken_output, broken_output, broken_gradient]):
+            a, e = actual[index], expected[index]
+            if index == 1:
+                a, e = a[..., None], e[..., None]
+            assert torch.equal(a[..., 0, :], e[..., 0, :])
+            assert torch.equal(a[..., 1, :][~where], e[..., 1, :][~where])
+            assert a[..., 1, :][where].isnan().all()
+
+    def test_nothing_is_written_and_views_are_read_as_they_are(self):
+        upstream, qkv, runs, scale = attention_problem([3], [2, 4])
+        expected = attention(upstream, qkv, runs, scale)
+        views = [x.mT.contiguous().mT for x in (upstream, qkv)]
+        before = [x.clone() for x in (*views, runs.offsets, runs.rows)]
+        for a, e in zip(attention(*views, runs, scale), expected, strict=True):
+            assert torch.equal(a, e)
+        for x, was in zip((*views, runs.offsets, runs.rows), before, strict=True):
+            assert torch.equal(x, was)
+
+    def test_no_rows(self):
+        output, log_normaliser, grad_qkv = attention(*attention_problem([0], [0, 0]))
+        assert output.shape == (0, 2, 8)
+        assert log_normaliser.shape == (0, 2)
+        assert grad_qkv.shape == (0, 3, 2, 8)
+
+
 @needs_compiler
-def test_the_numbers_in_the_interpreter():
+@pytest.mark.parametrize("numbers", ["TestNumbers", "TestPrefixAttention"])
+def test_the_numbers_in_the_interpreter(numbers):
     done = subprocess.run(
         [
             sys.executable,
@@ -316,7 +463,7 @@ def test_the_numbers_in_the_interpreter():
             "-q",
             "-p",
             "no:cacheprovider",
-            f"{__file__}::TestNumbers",
+            f"{__file__}::{numbers}",
         ],
         cwd=Path(__file__).parents[2],
         env=os.environ | {"TRITON_INTERPRET": "1"},
@@ -330,7 +477,7 @@ def test_the_numbers_in_the_interpreter():
 
 @pytest.fixture
 def compiled(monkeypatch, tmp_path):
-    """compiled(arch, arguments): what the launches for these arguments compile to, by name."""
+    """compiled(arch, function, ...): what the launches of the function compile to, by name."""
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     results = {}
 
@@ -341,7 +488,7 @@ def compiled(monkeypatch, tmp_path):
 
         return launch
 
-    def compiled(arch, arguments):
+    def compiled(arch, function, *arguments, **named):
         # Triton keeps what it compiled by device: the number of none there is.
         driver = SimpleNamespace(
             get_current_device=lambda: 1000 + arch,
@@ -352,7 +499,7 @@ def compiled(monkeypatch, tmp_path):
         with monkeypatch.context() as patched:
             patched.setattr(triton.runtime.driver, "_active", driver)
             patched.setattr(triton.runtime.jit.JITFunction, "__getitem__", compile_instead)
-            kernels.gated_mixture(**arguments)
+            function(*arguments, **named)
         return dict(results)
 
     return compiled
@@ -386,7 +533,7 @@ class TestMachineCode:
     )
     def test_nothing_spills(self, compiled, arch, batch, heads, classes, width, top_k, dtypes):
         arguments = problem(batch, heads, classes, width, top_k, dtypes, "cpu")
-        results = compiled(arch, arguments)
+        results = compiled(arch, kernels.gated_mixture, **arguments)
         assert list(results) == [
             "select_heads",
             "list_images",
@@ -406,6 +553,43 @@ class TestMachineCode:
         arguments = problem(device="cpu", dtypes=(F16, F32, F16, F16))
         for name in ("logit_scale", "temperature"):
             arguments[name] = torch.tensor(2.0, dtype=F16)
-        for name, kernel in compiled(arch, arguments | dict(with_gradient=False)).items():
+        arguments |= dict(with_gradient=False)
+        for name, kernel in compiled(arch, kernels.gated_mixture, **arguments).items():
             assert kernel.asm["cubin"].startswith(b"\x7fELF"), name
             assert resources(kernel)["STACK"] == 0, name
+
+    @pytest.mark.parametrize(
+        ("prefixes", "suffixes", "heads", "width", "dtype"),
+        [
+            ([17], [4] * 1000, 8, 64, F32),
+            ([17], [4] * 1000, 8, 64, F16),
+            ([17], [4] * 1000, 12, 64, BF16),
+            ([17], [4] * 1000, 4, 128, F32),
+            ([17], [4] * 1000, 4, 128, F16),
+            ([17], [4] * 1000, 5, 80, BF16),
+            ([5] * 8, [4] * 16, 8, 64, F16),
+            ([], [4] * 16, 3, 5, F32),
+        ],
+    )
+    def test_prefix_attention_spills_nothing_and_reads_nothing_back(
+        self, compiled, arch, prefixes, suffixes, heads, width, dtype
+    ):
+        """On tensors without data, from which the host can read nothing."""
+        upstream, qkv, runs, scale = attention_problem(
+            prefixes, suffixes, heads, width, dtype, "meta"
+        )
+        layout = (runs.offsets, runs.rows, runs.prefixes, scale)
+        forward = (torch.empty_like(upstream), torch.empty(upstream.shape[:2], device="meta"))
+        results = compiled(arch, prefix_attention.prefix_attention_forward, qkv, *layout)
+        assert list(results) == ["attend"]
+        results |= compiled(
+            arch, prefix_attention.prefix_attention_backward, upstream, qkv, *forward, *layout
+        )
+        assert list(results)[1:] == ["differentiate", "add_sums"][: 1 + (len(prefixes) == 1)]
+        for name, kernel in results.items():
+            assert kernel.asm["cubin"].startswith(b"\x7fELF"), name
+            used = resources(kernel)
+            assert 0 < used["REG"] < 255, name
+            assert used["STACK"] == used["LOCAL"] == 0, name
+            assert kernel.metadata.shared <= 48 * 1024, name
+            assert ("mma" in kernel.asm["ptx"]) == (dtype != F32 and name != "add_sums"), name

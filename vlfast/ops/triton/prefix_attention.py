@@ -18,7 +18,7 @@ from torch import Tensor
 # its warps, forward and backward. Runs have a few rows each, so that most of the scores of a larger
 # tile would be masked. Operands of fp32 arithmetic go through registers, which hold fewer.
 HALF_TILES = {64: (32, 64, 4, 8), 128: (32, 64, 8, 8), 256: (16, 32, 8, 8)}
-SINGLE_TILES = {64: (32, 16, 8, 8), 128: (16, 16, 8, 8), 256: (16, 16, 16, 16)}
+SINGLE_TILES = {64: (32, 16, 8, 8), 128: (16, 16, 8, 8), 256: (8, 16, 8, 8)}
 # Features multiplied at a time in fp32, for the same reason.
 SINGLE_CHUNK = 16
 # The sum over the queries that see a prefix is split into so many, while there are few parts.
@@ -184,18 +184,18 @@ def attend(
         seen = is_key[None, :] & sees(
             query, run_start, prefix_start, prefix_end, key, position < prefix_rows
         )
-        # A value that is not finite is heard of by those alone who see it: not as itself times a
-        # weight of zero.
-        sound = tl.min((is_finite(k) & is_finite(v)).to(tl.int32), 1) > 0
+        # What is not finite reaches a row through its scores, where it can be masked: as a value
+        # with a weight of zero it would reach them all.
+        finite = tl.min((is_finite(k) & is_finite(v)).to(tl.int32), 1) > 0
         scores = inner_products(q, k, CHUNK) * scale
-        scores = tl.where(sound[None, :], scores, float("nan"))
+        scores = tl.where(finite[None, :], scores, float("nan"))
         scores = tl.where(seen, scores, float("-inf"))
 
         before = top
         top = tl.maximum(before, tl.max(scores, 1))
-        level = tl.where(top == float("-inf"), 0, top)
-        weights = tl.exp(scores - level[:, None])
-        fall = tl.exp(before - level)
+        shift = tl.where(top == float("-inf"), 0, top)
+        weights = tl.exp(scores - shift[:, None])
+        fall = tl.exp(before - shift)
         normaliser = normaliser * fall + tl.sum(weights, 1)
         attended = tl.dot(
             weights.to(v.dtype), finite_part(v), attended * fall[:, None], input_precision="ieee"
@@ -241,19 +241,34 @@ def differentiate(
     """The gradients of the keys of a prefix, of some queries, or of some keys of the runs."""
     head = tl.program_id(1)
     task = tl.program_id(0)
-    blocks = tl.cdiv(count, BLOCK)
     qkv += head * WIDTH
     grad_qkv += head * WIDTH
     grad_output += head * WIDTH
     output += head * WIDTH
     log_normaliser += head
-    prefix_rows = tl.load(offsets + prefixes)
-    if task < prefixes * splits:
-        split = task % splits
-        start, end, own, others, queries, share = queries_of_prefix(
-            offsets, count, task // splits, prefixes, each, splits, STEP
-        )
-        if split * share < queries:
+    of_prefix = task < prefixes * splits
+    block = task - prefixes * splits
+    blocks = tl.cdiv(count, BLOCK)
+    if of_prefix or block >= blocks:
+        prefix_rows = tl.load(offsets + prefixes)
+        split = task % tl.maximum(splits, 1)
+        if of_prefix:
+            start, end, others_start, queries, share = queries_of_prefix(
+                offsets, count, task // splits, prefixes, each, splits, STEP
+            )
+            own = end - start
+            begin = split * share
+            stop = tl.minimum(begin + share, queries)
+        else:
+            start = prefix_rows + (block - blocks) * BLOCK
+            end = tl.minimum(start + BLOCK, count)
+            # Where there is no row left, no query either.
+            last = tl.load(rows + count.to(tl.int64) + end - 1, mask=start < count, other=0)
+            own = last - start
+            others_start = start
+            begin = 0
+            stop = own
+        if begin < stop:
             for first in range(start, end, BLOCK):
                 key = first + tl.arange(0, BLOCK)
                 is_key = key < end
@@ -264,12 +279,12 @@ def differentiate(
                     log_normaliser,
                     key,
                     is_key,
-                    tl.full([BLOCK], 0, tl.int32) + end,
+                    tl.load(rows + count.to(tl.int64) + key, mask=is_key, other=0),
                     start,
                     own,
-                    others,
-                    split * share,
-                    tl.minimum((split + 1) * share, queries),
+                    others_start,
+                    begin,
+                    stop,
                     scale,
                     HEADS,
                     WIDTH,
@@ -278,17 +293,18 @@ def differentiate(
                     BLOCK_E,
                     CHUNK,
                 )
-                if SPLIT:
-                    target = sums + head * WIDTH
-                    target += split.to(tl.int64) * prefix_rows * (2 * HEADS * WIDTH)
-                    stride: tl.constexpr = 2 * HEADS * WIDTH
+                if SPLIT and of_prefix:
+                    sums_k = sums + head * WIDTH
+                    sums_k += split.to(tl.int64) * prefix_rows * (2 * HEADS * WIDTH)
+                    sums_v = sums_k + HEADS * WIDTH
+                    store_rows(sums_k, key, is_key, 2 * HEADS * WIDTH, WIDTH, BLOCK_E, grad_k)
+                    store_rows(sums_v, key, is_key, 2 * HEADS * WIDTH, WIDTH, BLOCK_E, grad_v)
                 else:
-                    target = grad_qkv + HEADS * WIDTH
-                    stride: tl.constexpr = 3 * HEADS * WIDTH
-                store_rows(target, key, is_key, stride, WIDTH, BLOCK_E, grad_k)
-                store_rows(target + HEADS * WIDTH, key, is_key, stride, WIDTH, BLOCK_E, grad_v)
-    elif task < prefixes * splits + blocks:
-        first = (task - prefixes * splits) * BLOCK
+                    to_k = grad_qkv + HEADS * WIDTH
+                    to_v = to_k + HEADS * WIDTH
+                    store_rows(to_k, key, is_key, 3 * HEADS * WIDTH, WIDTH, BLOCK_E, grad_k)
+                    store_rows(to_v, key, is_key, 3 * HEADS * WIDTH, WIDTH, BLOCK_E, grad_v)
+    else:
         gradients_of_queries(
             grad_output,
             qkv,
@@ -297,7 +313,7 @@ def differentiate(
             rows,
             grad_qkv,
             count,
-            first,
+            block * BLOCK,
             scale,
             HEADS,
             WIDTH,
@@ -306,38 +322,6 @@ def differentiate(
             BLOCK_E,
             CHUNK,
         )
-    else:
-        first = prefix_rows + (task - prefixes * splits - blocks) * BLOCK
-        if first < count:
-            key = first + tl.arange(0, BLOCK)
-            is_key = key < count
-            run_end = tl.load(rows + count.to(tl.int64) + key, mask=is_key, other=0)
-            queries = tl.max(run_end, 0) - first
-            grad_k, grad_v = gradients_of_keys(
-                grad_output,
-                qkv,
-                output,
-                log_normaliser,
-                key,
-                is_key,
-                run_end,
-                first,
-                queries,
-                0,
-                0,
-                queries,
-                scale,
-                HEADS,
-                WIDTH,
-                BLOCK,
-                STEP,
-                BLOCK_E,
-                CHUNK,
-            )
-            target = grad_qkv + HEADS * WIDTH
-            store_rows(target, key, is_key, 3 * HEADS * WIDTH, WIDTH, BLOCK_E, grad_k)
-            target += HEADS * WIDTH
-            store_rows(target, key, is_key, 3 * HEADS * WIDTH, WIDTH, BLOCK_E, grad_v)
 
 
 @triton.jit
@@ -366,7 +350,7 @@ def gradients_of_queries(
     )
     stride: tl.constexpr = 3 * HEADS * WIDTH
     q = load_rows(qkv, query, is_query, stride, WIDTH, BLOCK_E)
-    upstream, along, level = upstream_of(
+    upstream, delta, lse = upstream_of(
         grad_output, output, log_normaliser, query, is_query, HEADS, WIDTH, BLOCK_E
     )
     gradient = tl.zeros([BLOCK, BLOCK_E], tl.float32)
@@ -381,7 +365,7 @@ def gradients_of_queries(
         )
         scores = inner_products(q, k, CHUNK) * scale
         to_weights = inner_products(upstream, v, CHUNK)
-        to_scores = tl.exp(scores - level[:, None]) * (to_weights - along[:, None])
+        to_scores = tl.exp(scores - lse[:, None]) * (to_weights - delta[:, None])
         to_scores = tl.where(seen, to_scores, 0)
         gradient = tl.dot(to_scores.to(k.dtype), k, gradient, input_precision="ieee")
     store_rows(grad_qkv, query, is_query, stride, WIDTH, BLOCK_E, gradient * scale)
@@ -424,16 +408,16 @@ def gradients_of_keys(
         is_query = position < end
         query = row_at(position, own_start, own, others_start)
         q = finite_part(load_rows(qkv, query, is_query, stride, WIDTH, BLOCK_E))
-        upstream, along, level = upstream_of(
+        upstream, delta, lse = upstream_of(
             grad_output, output, log_normaliser, query, is_query, HEADS, WIDTH, BLOCK_E
         )
         in_run = (key[:, None] <= query[None, :]) & (query[None, :] < run_end[:, None])
         seen = is_query[None, :] & ((position >= own)[None, :] | in_run)
         scores = inner_products(k, q, CHUNK) * scale
-        weights = tl.where(seen, tl.exp(scores - level[None, :]), 0)
+        weights = tl.where(seen, tl.exp(scores - lse[None, :]), 0)
         grad_v = tl.dot(weights.to(upstream.dtype), upstream, grad_v, input_precision="ieee")
         to_weights = inner_products(v, upstream, CHUNK)
-        to_scores = tl.where(seen, weights * (to_weights - along[None, :]), 0)
+        to_scores = tl.where(seen, weights * (to_weights - delta[None, :]), 0)
         grad_k = tl.dot(to_scores.to(q.dtype), q, grad_k, input_precision="ieee")
     return grad_k * scale, grad_v
 
@@ -454,9 +438,9 @@ def add_sums(
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Gradients of the keys and values of a prefix: every sixteenth row, some of the columns."""
+    """Gradients of the keys and values of a prefix: every LANES-th row, some columns."""
     task = tl.program_id(0)
-    start, end, _, _, queries, share = queries_of_prefix(
+    start, end, _, queries, share = queries_of_prefix(
         offsets, count, task // LANES, prefixes, each, splits, STEP
     )
     prefix_rows = tl.load(offsets + prefixes).to(tl.int64)
@@ -477,8 +461,8 @@ def add_sums(
 def queries_of_prefix(offsets, count, prefix, prefixes, each, splits, STEP: tl.constexpr):
     """What sees the keys of a prefix, its own rows and those of the runs behind it.
 
-    Where the prefix starts and ends and how many rows it has; where those of its runs start; how
-    many they all are, and how many of them a split has.
+    Where the prefix starts and ends; where its runs start; how many rows they all have, and how
+    many of them are for a split.
     """
     start = tl.load(offsets + prefix)
     end = tl.load(offsets + prefix + 1)
@@ -487,7 +471,7 @@ def queries_of_prefix(offsets, count, prefix, prefixes, each, splits, STEP: tl.c
     queries = end - start + tl.load(offsets + behind + each) - others_start
     splits = tl.minimum(splits, count // tl.maximum(tl.load(offsets + prefixes), 1))
     share = tl.cdiv(tl.cdiv(queries, splits), STEP) * STEP
-    return start, end, end - start, others_start, queries, share
+    return start, end, others_start, queries, share
 
 
 @triton.jit
@@ -540,9 +524,9 @@ def upstream_of(
     """
     gradient = load_rows(grad_output, row, inside, HEADS * WIDTH, WIDTH, BLOCK_E)
     o = load_rows(output, row, inside, HEADS * WIDTH, WIDTH, BLOCK_E)
-    along = tl.sum(gradient.to(tl.float32) * o.to(tl.float32), 1)
-    level = tl.load(log_normaliser + row.to(tl.int64) * HEADS, mask=inside, other=0)
-    return finite_part(gradient), along, tl.where(is_finite(along), level, float("nan"))
+    delta = tl.sum(gradient.to(tl.float32) * o.to(tl.float32), 1)
+    lse = tl.load(log_normaliser + row.to(tl.int64) * HEADS, mask=inside, other=0)
+    return finite_part(gradient), delta, tl.where(is_finite(delta), lse, float("nan"))
 
 
 @triton.jit
@@ -569,7 +553,7 @@ def store_rows(
 
 @triton.jit
 def inner_products(x, y, CHUNK: tl.constexpr):
-    """Of each row of x with each of y."""
+    """Of each row of x with each of y, in fp32 as a sum over chunks of the features."""
     if x.shape[1] > CHUNK:
         parts = tl.dot(
             chunks(x, CHUNK), tl.permute(chunks(y, CHUNK), 0, 2, 1), input_precision="ieee"
