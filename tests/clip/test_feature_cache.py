@@ -1,0 +1,151 @@
+"""Features that are computed once: when they are, and when they are not."""
+
+import copy
+
+import pytest
+import torch
+
+from vlfast.clip.feature_cache import FeatureCache
+from vlfast.clip.text_tower import TextTower
+from vlfast.prompts import build_prompts
+from vlfast.trainers.classifier import PromptedClassifier
+
+
+@pytest.fixture
+def model(tiny_model):
+    return copy.deepcopy(tiny_model).requires_grad_(False)
+
+
+@pytest.fixture
+def runs(model):
+    """How many times the text tower ran."""
+    calls = []
+    model.ln_final.register_forward_hook(lambda module, args, output: calls.append(1))
+    return calls
+
+
+def hard_features(tower, tokens, **options):
+    return tower(None, tokens, **options).features
+
+
+def test_a_hard_prompt_is_encoded_once(model, runs):
+    tower = TextTower(model)
+    pool = [tower.tokenize(["cat", "dog"], f"{words} {{name}}.") for words in ("a", "a photo of")]
+    first = [hard_features(tower, tokens) for tokens in pool]
+    again = [hard_features(tower, tokens) for tokens in pool]
+    assert len(runs) == 2
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], first[1])
+
+
+def test_classes_of_a_frozen_teacher_are_encoded_once(model, runs):
+    """Other classes at every step, as class-agnostic distillation draws them."""
+    tower = TextTower(model)
+    tokens = tower.tokenize([f"thing {i}" for i in range(20)], "a {name}.")
+    everything = hard_features(tower, tokens)
+    for seed in range(5):
+        index = torch.randperm(20, generator=torch.Generator().manual_seed(seed))[:4]
+        assert torch.equal(hard_features(tower, tokens, index=index), everything[index])
+    assert len(runs) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.ln_final.weight.mul_(2.0),
+        lambda model: model.load_state_dict({k: 2 * v for k, v in model.state_dict().items()}),
+        lambda model: model.load_state_dict(
+            {k: 2 * v for k, v in model.state_dict().items()}, assign=True
+        ),
+        lambda model: model.bfloat16(),
+    ],
+    ids=["in place", "state dict", "assigned", "dtype"],
+)
+def test_changed_weights_are_noticed(model, change):
+    tower = TextTower(model)
+    tokens = tower.tokenize(["cat", "dog"], "a {name}.")
+    before = hard_features(tower, tokens)
+    with torch.no_grad():
+        change(model)
+    after = hard_features(tower, tokens)
+    assert not torch.equal(before.float(), after.float())
+    assert torch.equal(after, hard_features(TextTower(model), tokens))
+
+
+def test_the_image_tower_may_change(model, runs):
+    tower = TextTower(model)
+    tokens = tower.tokenize(["cat"], "a {name}.")
+    hard_features(tower, tokens)
+    with torch.no_grad():
+        model.visual.proj.mul_(2.0)
+    hard_features(tower, tokens)
+    assert len(runs) == 1
+
+
+def test_weights_that_learn_keep_their_graph(model):
+    tower = TextTower(model.requires_grad_(True))
+    tokens = tower.tokenize(["cat"], "a {name}.")
+    for _ in range(2):
+        hard_features(tower, tokens).sum().backward()
+    assert model.ln_final.weight.grad is not None
+
+
+def test_features_written_to_by_a_caller_are_made_anew(model):
+    tower = TextTower(model)
+    tokens = tower.tokenize(["cat"], "a {name}.")
+    features = hard_features(tower, tokens)
+    expected = features.clone()
+    features.zero_()
+    assert torch.equal(hard_features(tower, tokens), expected)
+
+
+def test_autocast_has_features_of_its_own(model):
+    tower = TextTower(model)
+    tokens = tower.tokenize(["cat", "dog"], "a {name}.")
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = hard_features(tower, tokens)
+    exact = hard_features(tower, tokens)
+    assert not torch.equal(rough.float(), exact)
+    assert torch.equal(exact, hard_features(TextTower(model), tokens))
+
+
+def test_features_of_inference_mode_can_be_trained_with(model):
+    tower = TextTower(model)
+    tokens = tower.tokenize(["cat", "dog"], "a {name}.")
+    with torch.inference_mode():
+        hard_features(tower, tokens)
+    scale = torch.ones((), requires_grad=True)
+    (scale * hard_features(tower, tokens)).sum().backward()
+    assert scale.grad is not None
+
+
+def test_nothing_is_kept_of_inference_tensors():
+    cache, made = FeatureCache(), []
+    with torch.inference_mode():
+        weight = torch.ones(2)
+    for _ in range(2):
+        cache.get("key", [weight], lambda: made.append(1) or torch.ones(1))
+    assert len(made) == 2
+
+
+def test_class_features_are_computed_once_for_evaluation(tiny_clip):
+    torch.manual_seed(0)
+    prompts = build_prompts("shared", tiny_clip, num_classes=2, n_ctx=2)
+    classifier = PromptedClassifier(tiny_clip, prompts, ["cat", "dog"], "a {}.")
+    images = torch.nn.functional.normalize(torch.randn(3, 32), dim=-1)
+    calls = []
+    with tiny_clip.model.ln_final.register_forward_hook(lambda *_: calls.append(1)):
+        first = classifier.predict(images)
+        once = len(calls)
+        assert torch.equal(classifier.predict(images), first) and len(calls) == once
+        with torch.no_grad():
+            prompts.context.add_(1.0)
+        assert not torch.equal(classifier.predict(images), first)
+        assert len(calls) == 2 * once
+        other = classifier.for_classes(["hen", "cow"])
+        other.predict(images)
+        assert classifier.for_classes(["hen", "cow"]) is other
+        assert classifier.for_classes(["cat", "dog"]) is classifier
+        for number in range(20):
+            classifier.for_classes([f"thing {number}"])
+        assert classifier.for_classes(["hen", "cow"]) is not other
