@@ -28,23 +28,20 @@ class TextModel:
     """The parts of a model's text tower. Nothing is copied: the modules are the model's own.
 
     model: whose ``encode`` it is. tower: the module that holds the parts, the model itself or one
-    in it. token_embedding: [V, d]. positional_embedding: [L, d], or None where the tower adds
-    positions in another way. blocks: the layers, none where they can't be reached; they take
-    [N, L, d] if ``batch_first``, else [L, N, d]. ln_final: on [..., d]. text_projection: [d, D], a
-    module, or None. context_length: the most tokens in a sequence; fixed_length: whether each is
-    padded to that many. causal: whether no token sees a later one. pool_type: which token is read,
-    by open_clip's names. pad_id, eos_id: what the tower itself takes for padding and for the end.
-    whole: why the tower as such needs whole sequences, or None.
+    in it. token_embedding: [V, d]. blocks: the layers, none where they can't be reached; they take
+    [N, L, d] if ``batch_first``, else [L, N, d]. ln_final: on [..., d]. context_length: the most
+    tokens in a sequence; fixed_length: whether each is padded to that many. causal: whether no
+    token sees a later one. pool_type: which token is read, by open_clip's names. pad_id, eos_id:
+    what the tower itself takes for padding and for the end. whole: why the tower as such needs
+    whole sequences, or None.
     """
 
     model: nn.Module
     tower: nn.Module
     token_embedding: nn.Module
-    positional_embedding: nn.Parameter | None
     blocks: Sequence[nn.Module]
     batch_first: bool
     ln_final: nn.Module | None
-    text_projection: nn.Parameter | nn.Module | None
     context_length: int
     fixed_length: bool
     causal: bool
@@ -70,6 +67,18 @@ class TextModel:
         # The first answer is the slow one: it tries what it does not know.
         text.why_padded()
         return text
+
+    # Parameters are looked up where they are, since loading a state dict may put others there.
+
+    @property
+    def positional_embedding(self) -> Tensor | None:
+        """[L, d], or None where the tower adds positions in another way."""
+        return getattr(self.tower, "positional_embedding", None)
+
+    @property
+    def text_projection(self) -> Tensor | nn.Module | None:
+        """[d, D], a module, or None."""
+        return getattr(self.tower, "text_projection", None)
 
     @property
     def width(self) -> int:
@@ -270,11 +279,9 @@ def _clip(model: nn.Module, tower: nn.Module | None) -> dict[str, Any]:
         "model": model,
         "tower": tower,
         "token_embedding": tower.token_embedding,
-        "positional_embedding": tower.positional_embedding,
         "blocks": blocks,
         "batch_first": batch_first,
         "ln_final": tower.ln_final,
-        "text_projection": getattr(tower, "text_projection", None),
         "context_length": len(tower.positional_embedding) - class_token,
         "fixed_length": True,
         "causal": mask is not None,
@@ -298,11 +305,9 @@ def _hugging_face_clip(model: nn.Module) -> dict[str, Any]:
         "model": model,
         "tower": tower,
         "token_embedding": tower.embeddings.token_embedding,
-        "positional_embedding": None,
         "blocks": tower.encoder.layers,
         "batch_first": True,
         "ln_final": tower.final_layer_norm,
-        "text_projection": None,
         "context_length": config.max_position_embeddings,
         # SigLIP reads the last token, whatever it is.
         "fixed_length": not causal,
@@ -327,11 +332,9 @@ def _hugging_face_encoder(model: nn.Module, tower: nn.Module) -> dict[str, Any]:
         "model": model,
         "tower": tower,
         "token_embedding": inner.get_input_embeddings(),
-        "positional_embedding": None,
         "blocks": getattr(inside, names[0]) if names else (),
         "batch_first": True,
         "ln_final": None,
-        "text_projection": None,
         "context_length": positions,
         # It masks the padding.
         "fixed_length": False,
