@@ -1,11 +1,13 @@
 """Features that are computed once: when they are, and when they are not."""
 
 import copy
+from typing import ClassVar
 
 import pytest
 import torch
 
 from vlfast.clip.feature_cache import FeatureCache
+from vlfast.clip.models import wrap_clip
 from vlfast.clip.text_tower import TextTower
 from vlfast.prompts import build_prompts
 from vlfast.trainers.classifier import PromptedClassifier
@@ -16,12 +18,21 @@ def model(tiny_model):
     return copy.deepcopy(tiny_model).requires_grad_(False)
 
 
+class Counting(torch.nn.LayerNorm):
+    """Counts how often the text tower ran. A hook could, too, but with hooks nothing is kept."""
+
+    calls: ClassVar[list[int]] = []
+
+    def forward(self, x):
+        self.calls.append(1)
+        return super().forward(x)
+
+
 @pytest.fixture
 def runs(model):
-    """How many times the text tower ran."""
-    calls = []
-    model.ln_final.register_forward_hook(lambda module, args, output: calls.append(1))
-    return calls
+    model.ln_final.__class__ = Counting
+    Counting.calls.clear()
+    return Counting.calls
 
 
 def hard_features(tower, tokens, **options):
@@ -122,30 +133,53 @@ def test_features_of_inference_mode_can_be_trained_with(model):
 def test_nothing_is_kept_of_inference_tensors():
     cache, made = FeatureCache(), []
     with torch.inference_mode():
-        weight = torch.ones(2)
+        module = torch.nn.Linear(2, 2)
     for _ in range(2):
-        cache.get("key", [weight], lambda: made.append(1) or torch.ones(1))
+        cache.get([module], lambda: made.append(1) or torch.ones(1))
     assert len(made) == 2
 
 
-def test_class_features_are_computed_once_for_evaluation(tiny_clip):
+def test_a_hook_may_do_anything_so_that_nothing_is_kept(model):
+    tower = TextTower(model)
+    tokens = tower.tokenize(["cat"], "a {name}.")
+    before = hard_features(tower, tokens)
+    factor = 2.0
+    with model.ln_final.register_forward_hook(lambda module, args, output: factor * output):
+        torch.testing.assert_close(hard_features(tower, tokens), 2 * before)
+        factor = 3.0
+        torch.testing.assert_close(hard_features(tower, tokens), 3 * before)
+    assert torch.equal(hard_features(tower, tokens), before)
+
+
+def test_a_replaced_module_is_noticed(model):
+    tower = TextTower(model)
+    tokens = tower.tokenize(["cat"], "a {name}.")
+    before = hard_features(tower, tokens)
+    model.transformer.resblocks[0].mlp.gelu = torch.nn.ReLU()
+    assert not torch.equal(hard_features(tower, tokens), before)
+
+
+def test_class_features_are_computed_once_for_evaluation(model, runs):
     torch.manual_seed(0)
+    clip = wrap_clip(model)
+    prompts = build_prompts("shared", clip, num_classes=2, n_ctx=2)
+    classifier = PromptedClassifier(clip, prompts, ["cat", "dog"], "a {}.")
+    images = torch.nn.functional.normalize(torch.randn(3, 32), dim=-1)
+    first = classifier.predict(images)
+    once = len(runs)
+    assert torch.equal(classifier.predict(images), first) and len(runs) == once
+    with torch.no_grad():
+        prompts.context.add_(1.0)
+    assert not torch.equal(classifier.predict(images), first)
+    assert len(runs) == 2 * once
+
+
+def test_other_class_names_are_remembered_for_a_while(tiny_clip):
     prompts = build_prompts("shared", tiny_clip, num_classes=2, n_ctx=2)
     classifier = PromptedClassifier(tiny_clip, prompts, ["cat", "dog"], "a {}.")
-    images = torch.nn.functional.normalize(torch.randn(3, 32), dim=-1)
-    calls = []
-    with tiny_clip.model.ln_final.register_forward_hook(lambda *_: calls.append(1)):
-        first = classifier.predict(images)
-        once = len(calls)
-        assert torch.equal(classifier.predict(images), first) and len(calls) == once
-        with torch.no_grad():
-            prompts.context.add_(1.0)
-        assert not torch.equal(classifier.predict(images), first)
-        assert len(calls) == 2 * once
-        other = classifier.for_classes(["hen", "cow"])
-        other.predict(images)
-        assert classifier.for_classes(["hen", "cow"]) is other
-        assert classifier.for_classes(["cat", "dog"]) is classifier
-        for number in range(20):
-            classifier.for_classes([f"thing {number}"])
-        assert classifier.for_classes(["hen", "cow"]) is not other
+    other = classifier.for_classes(["hen", "cow"])
+    assert classifier.for_classes(["hen", "cow"]) is other
+    assert classifier.for_classes(["cat", "dog"]) is classifier
+    for number in range(20):
+        classifier.for_classes([f"thing {number}"])
+    assert classifier.for_classes(["hen", "cow"]) is not other

@@ -186,14 +186,21 @@ def test_fp32(model, layout):
             torch.testing.assert_close(a, e, atol=1e-5 * float(e.abs().max()), rtol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [
+        *((layout, torch.bfloat16) for layout in LAYOUTS),
+        # A CPU is slow in fp16.
+        *((LAYOUTS[i], torch.float16) for i in (0, 3, 7, 9)),
+    ],
+    ids=str,
+)
 def test_half_precision_is_as_precise_as_the_padded_tower(model, layout, dtype):
     half = copy.deepcopy(model).to(dtype)
     check_precision(half, layout, lambda encode: encode)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", [LAYOUTS[i] for i in (0, 3, 7, 9, 14)], ids=str)
 def test_autocast_is_as_precise_as_the_padded_tower(model, layout):
     def cast(encode):
         def run(*inputs):
@@ -416,7 +423,7 @@ def test_bad_max_memory(model, value):
         TextTower(model, max_memory=value)
 
 
-@pytest.mark.parametrize("layout", [LAYOUTS[i] for i in (0, 3, 7, 9, 14)], ids=str)
+@pytest.mark.parametrize("layout", [LAYOUTS[i] for i in (3, 7, 14)], ids=str)
 def test_compiled(model, layout):
     torch.compiler.reset()
     tower = TextTower(model)

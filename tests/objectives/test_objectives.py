@@ -47,8 +47,8 @@ def test_perplexity_of_words_under_the_tied_head(tiny_clip):
     text = tower.text
     x = text.token_embedding(ids)[None] + text.positional_embedding[:5]
     mask = torch.full((5, 5), float("-inf")).triu(1)
-    for layer in range(tower.depth):
-        x = text.run_block(layer, x, mask)
+    for block in text.blocks:
+        x = block(x, attn_mask=mask)
     scores = text.ln_final(x)[0, :-1] @ text.token_embedding.weight.T
     expected = functional.cross_entropy(scores, ids[1:])
     torch.testing.assert_close(terms["perplexity"], expected, atol=1e-4, rtol=1e-5)

@@ -5,45 +5,56 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-# What identifies a tensor's values: where they lie, and how often they were written in place.
+# Which modules there are, where their parameters lie, and how often they were written in place.
 Stamp = tuple[tuple[int, int], ...]
 
 
 class FeatureCache:
-    """Keeps what was computed from some tensors for each key, until one of them is written to,
-    moved or replaced. What it hands out is shared: a caller that writes to it gets it made anew.
+    """Keeps what some modules computed until one of them is replaced, or one of their parameters
+    moved, replaced or written to (not by way of ``.data``, whose writes PyTorch does not count).
+
+    What it hands out is shared: where a caller writes to it, it is made anew for the next.
     """
 
     def __init__(self) -> None:
         self._kept: dict[Hashable, tuple[Stamp, Tensor, int]] = {}
 
-    def get(self, key: Hashable, sources: Iterable[Tensor], make: Callable[[], Tensor]) -> Tensor:
-        """What ``make`` returns without autograd, from ``sources``, in the autocast mode of now."""
+    def get(self, modules: Iterable[nn.Module], make: Callable[[], Tensor]) -> Tensor:
+        """What ``make`` returns without autograd, in the autocast mode of now. It depends on
+        ``modules`` alone, each with its own parameters."""
         if torch.compiler.is_compiling():
             with torch.no_grad():
                 return make()
-        stamp = _stamp(sources)
-        key = (key, _autocast_mode())
-        if stamp is not None and key in self._kept:
-            made_from, features, version = self._kept[key]
+        stamp, mode = _stamp(modules), _autocast_mode()
+        if stamp is not None and mode in self._kept:
+            made_from, features, version = self._kept[mode]
             if made_from == stamp and features._version == version:
                 return features
         # Tensors of inference mode could not be used in training later on.
         with torch.inference_mode(False), torch.no_grad():
             features = make()
         if stamp is not None:
-            self._kept[key] = (stamp, features, features._version)
+            self._kept[mode] = (stamp, features, features._version)
         return features
 
 
-def _stamp(sources: Iterable[Tensor]) -> Stamp | None:
-    """None where writes are not counted, as in inference mode: nothing can be kept then."""
-    sources = list(sources)
-    if any(x.is_inference() for x in sources):
-        return None
-    return tuple((x.data_ptr(), x._version) for x in sources)
+def _stamp(modules: Iterable[nn.Module]) -> Stamp | None:
+    """None where nothing can be kept: in inference mode writes are not counted, and a hook may do
+    anything."""
+    stamp = []
+    for module in modules:
+        if module._forward_hooks or module._forward_pre_hooks:
+            return None
+        stamp.append((id(module), module.training))
+        for weight in module._parameters.values():
+            if weight is None:
+                continue
+            if weight.is_inference():
+                return None
+            stamp.append((weight.data_ptr(), weight._version))
+    return tuple(stamp)
 
 
 def _autocast_mode() -> tuple[torch.dtype | None, ...]:

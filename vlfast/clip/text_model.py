@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
@@ -153,17 +154,16 @@ class TextModel:
             return self.text_projection(x)
         return x @ self.text_projection
 
-    def run_block(self, layer: int, x: Tensor, mask: Tensor) -> Tensor:
-        """Block ``layer`` on x [N, L, d] with an additive mask [L, L]."""
-        if self.batch_first:
-            return self.blocks[layer](x, attn_mask=mask)
-        return self.blocks[layer](x.transpose(0, 1), attn_mask=mask).transpose(0, 1)
+    def modules(self) -> list[nn.Module]:
+        """Those that text features come from, as they are at this moment, at least."""
+        outside = ("visual", "vision_", "visual_")
+        named = self.model.named_modules()
+        return [module for name, module in named if not name.startswith(outside)]
 
     def weights(self) -> list[Tensor]:
-        """The parameters that text features come from, as they are at this moment."""
-        outside = ("visual.", "vision_", "visual_", "logit_")
-        named = self.model.named_parameters()
-        return [weight for name, weight in named if not name.startswith(outside)]
+        """The parameters of ``modules``."""
+        own = [module.parameters(recurse=False) for module in self.modules()]
+        return list(itertools.chain.from_iterable(own))
 
     def why_padded(self) -> str | None:
         """None where rows of tokens may go through the blocks one run behind another; else why the

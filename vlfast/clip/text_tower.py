@@ -94,7 +94,7 @@ class TextTower:
     def embed_words(self, words: str) -> Tensor:
         """The token embeddings of ``words``, [n, d]: what a context starts from."""
         ids = torch.tensor(self.tokenizer.encode(words), device=self.text.device)
-        return self.text.token_embedding.weight.detach()[ids]
+        return self.text.token_embedding(ids).detach()
 
     def __call__(
         self,
@@ -154,7 +154,7 @@ class TextTower:
     def _features_of_hard_prompt(self, tokens: PromptTokens) -> Tensor:
         """Of all its classes, computed once for as long as the weights stay as they are."""
         cache = self._hard_features.setdefault(tokens, FeatureCache())
-        return cache.get(None, self.text.weights(), lambda: self._encode(None, tokens).features)
+        return cache.get(self.text.modules(), lambda: self._encode(None, tokens).features)
 
     def _check(
         self,
@@ -212,7 +212,7 @@ class TextTower:
                 f"context: expected {wanted} for per={per!r}, got {tuple(context.shape)}"
             )
         n = context.shape[-2]
-        if len(deep) >= self.depth:
+        if 0 < self.depth <= len(deep):
             raise ValueError(
                 f"deep: a tower of {self.depth} blocks takes at most {self.depth - 1} "
                 f"entries, got {len(deep)}"

@@ -28,6 +28,12 @@ def dispatcher_sees(*tensors: Tensor | None) -> bool:
     return False
 
 
+def is_batched(upstream: Tensor) -> bool:
+    """Whether it stands for many upstreams, as autograd.grad(is_grads_batched=True) makes it."""
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(upstream) or functorch.is_batchedtensor(upstream)
+
+
 def tensor_and_factor(scale: Tensor | float) -> tuple[Tensor | None, float]:
     """A scale as a tensor, or nothing, and a number: their product is the scale."""
     return (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))

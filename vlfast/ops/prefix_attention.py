@@ -10,9 +10,14 @@ from torch import Tensor
 from .._extension import extension
 from . import checks, reference
 from .backends import kernel_serves
-from .kernel_calls import DTYPES, addresses, dispatcher_sees, refuse_second_derivative
+from .kernel_calls import (
+    DTYPES,
+    addresses,
+    dispatcher_sees,
+    is_batched,
+    refuse_second_derivative,
+)
 from .packed_runs import PackedRuns
-from .symmetric_kl import is_batched
 
 
 def prefix_attention(qkv: Tensor, runs: PackedRuns, *, scale: float | None = None) -> Tensor:

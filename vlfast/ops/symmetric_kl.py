@@ -17,6 +17,7 @@ from .kernel_calls import (
     DTYPES,
     addresses,
     dispatcher_sees,
+    is_batched,
     number_for_gpu,
     number_on_cpu,
     refuse_second_derivative,
@@ -224,12 +225,6 @@ class SymmetricKL(torch.autograd.Function):
             if for_student.dtype != ctx.student_dtype:
                 for_student = for_student.to(ctx.student_dtype)
         return for_student, None, for_scale, *[None] * 7
-
-
-def is_batched(upstream: Tensor) -> bool:
-    """Whether it stands for many upstreams, as autograd.grad(is_grads_batched=True) makes it."""
-    functorch = torch._C._functorch
-    return functorch.is_legacy_batchedtensor(upstream) or functorch.is_batchedtensor(upstream)
 
 
 def is_one(upstream: Tensor) -> bool:

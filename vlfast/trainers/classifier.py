@@ -68,8 +68,8 @@ class PromptedClassifier:
     def class_features(self) -> Tensor:
         """Class features for evaluation, [C, D] without autograd: computed again only where the
         prompts or the model have changed."""
-        sources = [*self.prompts.parameters(), *self.clip.text_tower.text.weights()]
-        return self._features.get("all", sources, lambda: self.encode_text().features)
+        modules = [*self.prompts.modules(), *self.clip.text_tower.text.modules()]
+        return self._features.get(modules, lambda: self.encode_text().features)
 
     def logits(self, images: Tensor, class_features: Tensor) -> Tensor:
         """Logit scale times cosine, fp32 [B, C], from normalised image features [B, D] and class
