@@ -459,7 +459,8 @@ def test_the_same_bits_on_every_run(model):
 
 
 def test_frozen_weights_keep_no_input_of_a_linear_layer(model):
-    """Of a packed row, a block keeps for its backward 10 widths (QuickGELU: 18), not 19 (27)."""
+    """For its backward a block keeps 9 widths of a packed row, with QuickGELU 13: what the layer
+    norms, the attention and the activation need."""
     tower = TextTower(model)
     tokens = tower.tokenize([f"thing {i}" for i in range(100)])
     rows = len(tokens.layout(5, "all", "end", 1, torch.device("cpu")).ids)
@@ -474,7 +475,7 @@ def test_frozen_weights_keep_no_input_of_a_linear_layer(model):
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
         tower(torch.zeros(5, 64, requires_grad=True), tokens)
-    assert sum(kept.values()) < 18 * rows * 64 * 4 * model.transformer.layers
+    assert sum(kept.values()) < 13.2 * rows * 64 * 4 * model.transformer.layers
 
 
 def test_weights_that_learn_get_their_gradients(model):
