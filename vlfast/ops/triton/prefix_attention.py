@@ -82,8 +82,8 @@ def prefix_attention_backward(
     each = (len(offsets) - 1 - prefixes) // prefixes if prefixes else 0
     splits = triton.cdiv(count, QUERIES_OF_A_SPLIT * prefixes) if prefixes else 0
     splits = min(splits, MOST_SPLITS)
-    # As many rows as there could be of prefixes: how many there are, the GPU alone knows. Where they
-    # are so many that not all splits have room, fewer are made.
+    # As many rows as prefixes could have: how many they have, the GPU alone knows. Where not all
+    # splits have room, fewer are made.
     sums = torch.empty(
         (count if splits > 1 else 0, 2, heads, width), dtype=torch.float32, device=qkv.device
     )
