@@ -39,7 +39,7 @@ def make(
     config: Mapping[str, Any] | None = None,
 ) -> Problem:
     config = config or {**open_clip.get_model_config("ViT-B-32"), "vision_cfg": SMALL_VISION}
-    model, names = build_clip(config, device), class_names(classes, position)
+    model, names = build_clip(config, device), class_names(classes)
     tower = TextTower(model)
     tokens = tower.tokenize(names)
     contexts = {"all": (), "class": (classes,), "image": (images,)}[per]
