@@ -305,6 +305,11 @@ class TestKernelGradients:
         assert frozen.grad_fn is None and switched_off.grad_fn is None
         assert torch.equal(frozen, wanted) and torch.equal(switched_off, wanted)
 
+    def test_the_log_of_the_normalisers_promises_no_gradient(self):
+        qkv, runs = problem([2], [2, 3], dtype=F32)
+        output, log_normaliser = raw(qkv.requires_grad_(), runs)
+        assert output.requires_grad and not log_normaliser.requires_grad
+
     def test_two_backwards_on_one_graph(self):
         qkv, runs = problem([2], [2, 3], dtype=F32)
         output = prefix_attention(qkv.requires_grad_(), runs)
@@ -496,6 +501,19 @@ class TestOnGpu:
         qkv, runs = problem([3, 2], [2, 3, 4, 1], 3, 20, F32)
         assert_close(raw(*self.on_gpu(qkv, runs))[1].cpu(), raw(qkv, runs)[1], 1e-5)
 
+    def test_an_upstream_in_another_dtype(self):
+        qkv, runs = self.on_gpu(*problem([3], [2, 3], 2, 16, F16))
+        others = (*raw(qkv, runs, 0.3), runs.offsets, runs.rows, runs.prefixes, 0.3)
+        upstream = normal(8, 2, 16, dtype=F16).cuda()
+        backward = torch.ops.vlfast.prefix_attention_backward
+        same, wider = (backward(x, qkv, *others) for x in (upstream, upstream.float()))
+        assert torch.equal(same, wider)
+
+    def test_runs_that_come_back_have_arrived(self):
+        runs = PackedRuns.of([3], [2] * 10**6)
+        moved = runs.to("cuda").to("cpu")
+        assert torch.equal(moved.offsets, runs.offsets) and torch.equal(moved.rows, runs.rows)
+
     def test_the_same_bits_every_time(self):
         qkv, runs = self.on_gpu(*problem([17, 9], SUFFIXES * 4, 8, 64, BF16))
         first = output_and_gradient(qkv, runs)
@@ -575,6 +593,13 @@ class TestPackedRuns:
         with pytest.raises(ValueError, match=f"^{message}"):
             PackedRuns.of(prefixes, suffixes)
 
+    @pytest.mark.parametrize("lengths", [[2.7, 1.0], torch.tensor([2.0, 1.0]), [True, False]])
+    def test_lengths_that_are_no_integers(self, lengths):
+        with pytest.raises(TypeError, match="^suffix_lengths: expected integers >= 0, got torch."):
+            PackedRuns.of([1], lengths)
+        with pytest.raises(TypeError, match="^prefix_lengths: expected integers >= 0, got torch."):
+            PackedRuns.of(lengths, [1, 1])
+
 
 class TestErrors:
     @pytest.mark.parametrize(
@@ -604,12 +629,32 @@ class TestErrors:
         wide = PackedRuns(runs.offsets, runs.rows.long(), 1, 3, 3)
         with pytest.raises(TypeError, match=r"^runs.rows: .*torch.int32 \[4, M\]"):
             prefix_attention(qkv, wide)
+        flat = PackedRuns(runs.offsets, runs.rows[:1], 1, 3, 3)
+        with pytest.raises(ValueError, match=r"^runs.rows: expected a shape \[4, M\]"):
+            prefix_attention(qkv, flat)
+        apart = PackedRuns(runs.offsets, runs.rows.to("meta"), 1, 3, 3)
+        with pytest.raises(ValueError, match="^runs.rows: expected device cpu"):
+            prefix_attention(qkv, apart)
 
     @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
     def test_of_the_scale(self, scale):
         qkv, runs = problem([3], [2, 3])
         with pytest.raises(ValueError, match="^scale: "):
             prefix_attention(qkv, runs, scale=scale)
+
+    def test_of_a_scale_that_would_get_no_gradient(self):
+        qkv, runs = problem([3], [2, 3])
+        with pytest.raises(ValueError, match=r"^scale: .*pass scale.detach\(\)"):
+            prefix_attention(qkv, runs, scale=torch.tensor(0.5, requires_grad=True))
+
+    @needs_kernel
+    def test_the_op_itself_takes_no_fp64_for_fp32(self):
+        qkv, runs = problem([3], [2, 3], dtype=F64)
+        with pytest.raises(TypeError, match="^qkv: expected float32, bfloat16 or float16"):
+            raw(qkv, runs)
+        others = (None, None, runs.offsets, runs.rows, runs.prefixes, 1.0)
+        with pytest.raises(TypeError, match="^qkv: expected float32, bfloat16 or float16"):
+            torch.ops.vlfast.prefix_attention_backward(qkv[:, 0], qkv, *others)
 
     @needs_kernel
     @pytest.mark.parametrize(
