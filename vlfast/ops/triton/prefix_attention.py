@@ -23,7 +23,7 @@ SINGLE_TILES = {64: (32, 16, 8, 8), 128: (16, 16, 8, 8), 256: (8, 16, 8, 8)}
 SINGLE_CHUNK = 16
 # Features of a tile at least. Narrower ones in half precision spill more registers.
 HALF_WIDTH, SINGLE_WIDTH = 64, 16
-# The sum over the queries that see a prefix is split into so many, while there are few parts.
+# Queries in a part of the sum over those that see a prefix, until there are too many parts.
 QUERIES_OF_A_SPLIT, MOST_SPLITS = 128, 32
 # Of the tile of partial sums, and of the programs that divide the rows of a prefix among them.
 COLUMNS, LANES = 128, 16
@@ -82,8 +82,8 @@ def prefix_attention_backward(
     each = (len(offsets) - 1 - prefixes) // prefixes if prefixes else 0
     splits = triton.cdiv(count, QUERIES_OF_A_SPLIT * prefixes) if prefixes else 0
     splits = min(splits, MOST_SPLITS)
-    # As many rows as there could be of prefixes: how many there are the GPU alone knows. The more
-    # they are, the fewer of the splits are made.
+    # As many rows as prefixes could have: how many they have, the GPU alone knows. Where not all
+    # splits have room, fewer are made.
     sums = torch.empty(
         (count if splits > 1 else 0, 2, heads, width), dtype=torch.float32, device=qkv.device
     )
