@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlfast._extension import extension
 from vlfast.ops import PackedRuns, backends, prefix_attention, reference
@@ -425,6 +427,38 @@ class TestInPyTorch:
     def test_other_devices(self):
         qkv, runs = problem([3], [2, 3], dtype=F32)
         assert prefix_attention(qkv.to("meta"), runs.to("meta")).shape == (8, 2, 4)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_what_a_gpu_would_be_given(self, monkeypatch, dtype):
+        """By tensors without data, so that no GPU is needed."""
+        monkeypatch.setattr(backends, "why_no_kernel", lambda *_: None)
+        calls = []
+
+        class Calls(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, arguments=(), options=None):
+                if function.namespace == "vlfast":
+                    calls.append((function.__name__.split(".")[0], arguments))
+                return function(*arguments, **(options or {}))
+
+        with FakeTensorMode(), Calls():
+            offsets, rows = torch.empty(4, dtype=torch.int32), torch.empty(4, 8).int()
+            runs = PackedRuns(offsets, rows, 1, 3, 3).to("cuda")
+            wide = torch.empty(8, 3, 2, 257, dtype=dtype, device="cuda")
+            assert prefix_attention(wide, runs).shape == (8, 2, 257) and not calls
+            qkv = torch.empty(8, 3, 2, 64, dtype=dtype, device="cuda", requires_grad=True)
+            output = prefix_attention(qkv, runs)
+            assert output.shape == (8, 2, 64) and output.dtype == dtype
+            with torch.no_grad():  # and without autograd's engine, which would ask for a GPU
+                gradient, *none = output.grad_fn.apply(torch.empty_like(output))
+            assert gradient.shape == qkv.shape and gradient.dtype == dtype
+            assert none == [None] * 4
+        (forward, _), (backward, arguments) = calls
+        assert (forward, backward) == ("prefix_attention", "prefix_attention_backward")
+        upstream, qkv, output, log_normaliser, offsets, rows, prefixes, scale = arguments
+        assert upstream.shape == output.shape == (8, 2, 64)
+        assert upstream.dtype == qkv.dtype == output.dtype == dtype
+        assert log_normaliser.shape == (8, 2) and log_normaliser.dtype == F32
+        assert offsets.shape == (4,) and rows.shape == (4, 8) and (prefixes, scale) == (1, 0.125)
 
     def test_not_contiguous(self):
         qkv, runs = problem([3], [2, 3], dtype=F32)

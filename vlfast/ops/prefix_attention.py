@@ -38,9 +38,10 @@ def prefix_attention(qkv: Tensor, runs: PackedRuns, *, scale: float | None = Non
         whole, [M, 3, H, E]; that of a prefix is summed in one order, so that it has the same bits
         on every run.
 
-    fp64, other devices than CPU and CUDA, functorch transforms and forward-mode differentiation are
-    served by plain PyTorch. For second derivatives compute it under
-    ``vlfast.ops.backends.reference_only()``; without it, create_graph=True raises RuntimeError.
+    fp64, other devices than CPU and CUDA, E above 256 on a GPU, functorch transforms and
+    forward-mode differentiation are served by plain PyTorch. For second derivatives compute it
+    under ``vlfast.ops.backends.reference_only()``; without it, create_graph=True raises
+    RuntimeError.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -80,12 +81,14 @@ def check_arguments(qkv: Any, runs: Any, scale: Any) -> None:
 
 def kernel_can_serve(qkv: Tensor) -> bool:
     """Whether there is a kernel for this dtype, here."""
-    if qkv.dtype not in KERNEL_DTYPES:
+    if qkv.dtype not in KERNEL_DTYPES or (qkv.is_cuda and qkv.shape[3] > WIDEST_ON_GPU):
         return False
     return kernel_serves("prefix_attention", qkv)
 
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Of a head: tiles of a wider one do not fit the shared memory of every GPU.
+WIDEST_ON_GPU = 256
 
 
 class PrefixAttention(torch.autograd.Function):
