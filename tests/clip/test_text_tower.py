@@ -166,6 +166,19 @@ def test_empty_context(tower, tiny_model):
     assert out.context_states.shape == (0, tower.width)
 
 
+@pytest.mark.parametrize("per", ["all", "image"])
+def test_a_layout_first_used_in_inference_mode_can_be_trained_with(tower, context, per):
+    tokens = tower.tokenize(["cat", "big dog"])
+    contexts = torch.stack([context] * 2) if per == "image" else context
+    with torch.inference_mode():
+        expected = tower(contexts, tokens, per=per).features
+    leaf = contexts.detach().requires_grad_()
+    features = tower(leaf, tokens, per=per).features
+    features.sum().backward()
+    assert torch.equal(features, expected)
+    assert leaf.grad.abs().max() > 0
+
+
 def test_master_context_in_fp32_beside_a_bf16_tower(tiny_model, context):
     import copy
 

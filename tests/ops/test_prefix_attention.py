@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlfast._extension import extension
 from vlfast.ops import PackedRuns, backends, prefix_attention, reference
@@ -305,6 +307,11 @@ class TestKernelGradients:
         assert frozen.grad_fn is None and switched_off.grad_fn is None
         assert torch.equal(frozen, wanted) and torch.equal(switched_off, wanted)
 
+    def test_the_log_of_the_normalisers_promises_no_gradient(self):
+        qkv, runs = problem([2], [2, 3], dtype=F32)
+        output, log_normaliser = raw(qkv.requires_grad_(), runs)
+        assert output.requires_grad and not log_normaliser.requires_grad
+
     def test_two_backwards_on_one_graph(self):
         qkv, runs = problem([2], [2, 3], dtype=F32)
         output = prefix_attention(qkv.requires_grad_(), runs)
@@ -421,6 +428,38 @@ class TestInPyTorch:
         qkv, runs = problem([3], [2, 3], dtype=F32)
         assert prefix_attention(qkv.to("meta"), runs.to("meta")).shape == (8, 2, 4)
 
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_what_a_gpu_would_be_given(self, monkeypatch, dtype):
+        """By tensors without data, so that no GPU is needed."""
+        monkeypatch.setattr(backends, "why_no_kernel", lambda *_: None)
+        calls = []
+
+        class Calls(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, arguments=(), options=None):
+                if function.namespace == "vlfast":
+                    calls.append((function.__name__.split(".")[0], arguments))
+                return function(*arguments, **(options or {}))
+
+        with FakeTensorMode(), Calls():
+            offsets, rows = torch.empty(4, dtype=torch.int32), torch.empty(4, 8).int()
+            runs = PackedRuns(offsets, rows, 1, 3, 3).to("cuda")
+            wide = torch.empty(8, 3, 2, 257, dtype=dtype, device="cuda")
+            assert prefix_attention(wide, runs).shape == (8, 2, 257) and not calls
+            qkv = torch.empty(8, 3, 2, 64, dtype=dtype, device="cuda", requires_grad=True)
+            output = prefix_attention(qkv, runs)
+            assert output.shape == (8, 2, 64) and output.dtype == dtype
+            with torch.no_grad():  # and without autograd's engine, which would ask for a GPU
+                gradient, *none = output.grad_fn.apply(torch.empty_like(output))
+            assert gradient.shape == qkv.shape and gradient.dtype == dtype
+            assert none == [None] * 4
+        (forward, _), (backward, arguments) = calls
+        assert (forward, backward) == ("prefix_attention", "prefix_attention_backward")
+        upstream, qkv, output, log_normaliser, offsets, rows, prefixes, scale = arguments
+        assert upstream.shape == output.shape == (8, 2, 64)
+        assert upstream.dtype == qkv.dtype == output.dtype == dtype
+        assert log_normaliser.shape == (8, 2) and log_normaliser.dtype == F32
+        assert offsets.shape == (4,) and rows.shape == (4, 8) and (prefixes, scale) == (1, 0.125)
+
     def test_not_contiguous(self):
         qkv, runs = problem([3], [2, 3], dtype=F32)
         strided = qkv.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
@@ -495,6 +534,19 @@ class TestOnGpu:
     def test_log_of_the_normalisers(self):
         qkv, runs = problem([3, 2], [2, 3, 4, 1], 3, 20, F32)
         assert_close(raw(*self.on_gpu(qkv, runs))[1].cpu(), raw(qkv, runs)[1], 1e-5)
+
+    def test_an_upstream_in_another_dtype(self):
+        qkv, runs = self.on_gpu(*problem([3], [2, 3], 2, 16, F16))
+        others = (*raw(qkv, runs, 0.3), runs.offsets, runs.rows, runs.prefixes, 0.3)
+        upstream = normal(8, 2, 16, dtype=F16).cuda()
+        backward = torch.ops.vlfast.prefix_attention_backward
+        same, wider = (backward(x, qkv, *others) for x in (upstream, upstream.float()))
+        assert torch.equal(same, wider)
+
+    def test_runs_that_come_back_have_arrived(self):
+        runs = PackedRuns.of([3], [2] * 10**6)
+        moved = runs.to("cuda").to("cpu")
+        assert torch.equal(moved.offsets, runs.offsets) and torch.equal(moved.rows, runs.rows)
 
     def test_the_same_bits_every_time(self):
         qkv, runs = self.on_gpu(*problem([17, 9], SUFFIXES * 4, 8, 64, BF16))
@@ -575,6 +627,13 @@ class TestPackedRuns:
         with pytest.raises(ValueError, match=f"^{message}"):
             PackedRuns.of(prefixes, suffixes)
 
+    @pytest.mark.parametrize("lengths", [[2.7, 1.0], torch.tensor([2.0, 1.0]), [True, False]])
+    def test_lengths_that_are_no_integers(self, lengths):
+        with pytest.raises(TypeError, match="^suffix_lengths: expected integers >= 0, got torch."):
+            PackedRuns.of([1], lengths)
+        with pytest.raises(TypeError, match="^prefix_lengths: expected integers >= 0, got torch."):
+            PackedRuns.of(lengths, [1, 1])
+
 
 class TestErrors:
     @pytest.mark.parametrize(
@@ -604,12 +663,32 @@ class TestErrors:
         wide = PackedRuns(runs.offsets, runs.rows.long(), 1, 3, 3)
         with pytest.raises(TypeError, match=r"^runs.rows: .*torch.int32 \[4, M\]"):
             prefix_attention(qkv, wide)
+        flat = PackedRuns(runs.offsets, runs.rows[:1], 1, 3, 3)
+        with pytest.raises(ValueError, match=r"^runs.rows: expected a shape \[4, M\]"):
+            prefix_attention(qkv, flat)
+        apart = PackedRuns(runs.offsets, runs.rows.to("meta"), 1, 3, 3)
+        with pytest.raises(ValueError, match="^runs.rows: expected device cpu"):
+            prefix_attention(qkv, apart)
 
     @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
     def test_of_the_scale(self, scale):
         qkv, runs = problem([3], [2, 3])
         with pytest.raises(ValueError, match="^scale: "):
             prefix_attention(qkv, runs, scale=scale)
+
+    def test_of_a_scale_that_would_get_no_gradient(self):
+        qkv, runs = problem([3], [2, 3])
+        with pytest.raises(ValueError, match=r"^scale: .*pass scale.detach\(\)"):
+            prefix_attention(qkv, runs, scale=torch.tensor(0.5, requires_grad=True))
+
+    @needs_kernel
+    def test_the_op_itself_takes_no_fp64_for_fp32(self):
+        qkv, runs = problem([3], [2, 3], dtype=F64)
+        with pytest.raises(TypeError, match="^qkv: expected float32, bfloat16 or float16"):
+            raw(qkv, runs)
+        others = (None, None, runs.offsets, runs.rows, runs.prefixes, 1.0)
+        with pytest.raises(TypeError, match="^qkv: expected float32, bfloat16 or float16"):
+            torch.ops.vlfast.prefix_attention_backward(qkv[:, 0], qkv, *others)
 
     @needs_kernel
     @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import torch
 from tests.ops.support import assert_close, normal
 from vlfast.ops import reference
 from vlfast.ops.packed_runs import PackedRuns
+from vlfast.ops.prefix_attention import prefix_attention_backward_cuda, prefix_attention_cuda
 
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -443,6 +444,16 @@ class TestPrefixAttention:
             assert torch.equal(a, e)
         for x, was in zip((*views, runs.offsets, runs.rows), before, strict=True):
             assert torch.equal(x, was)
+
+    def test_the_op_calls_them_so(self):
+        """With an upstream gradient in another dtype than the output's, too."""
+        upstream, qkv, runs, scale = attention_problem([3, 2], [2, 4], dtype=F16)
+        expected = attention(upstream, qkv, runs, scale)
+        layout = (runs.offsets, runs.rows, runs.prefixes, scale)
+        forward = prefix_attention_cuda(qkv, *layout)
+        gradient = prefix_attention_backward_cuda(upstream.float(), qkv, *forward, *layout)
+        for a, e in zip((*forward, gradient), expected, strict=True):
+            assert a.dtype == e.dtype and torch.equal(a, e)
 
     def test_no_rows(self):
         output, log_normaliser, grad_qkv = attention(*attention_problem([0], [0, 0]))

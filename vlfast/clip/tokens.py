@@ -180,7 +180,9 @@ class PromptTokens:
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What ``make`` made of these tokens when first asked for ``key``."""
         if key not in self._made:
-            self._made[key] = make()
+            # Tensors of inference mode could not be used in training later on.
+            with torch.inference_mode(False):
+                self._made[key] = make()
         return self._made[key]
 
     def check_fits(self, n_ctx: int, context_length: int) -> None:

@@ -41,7 +41,9 @@ KERNELS = {
         "C++", "vlfast._C.prefix_attention_cpu", "fp64 by the reference"
     ),
     ("prefix_attention", "cuda"): Kernel(
-        "Triton", "vlfast.ops.triton.prefix_attention", "fp64 by the reference"
+        "Triton",
+        "vlfast.ops.triton.prefix_attention",
+        "fp64 and heads wider than 256 by the reference",
     ),
 }
 OPS = ("perplexity", "symmetric_kl", "gated_mixture", "prefix_attention")

@@ -38,15 +38,11 @@ class PackedRuns:
     ) -> PackedRuns:
         """Lay out runs of these lengths, integers >= 0 on the CPU.
 
-        Raises ValueError where a length is negative, or the suffixes can't be divided evenly.
+        Raises TypeError where lengths are no integers, ValueError where one is negative, or the
+        suffixes can't be divided evenly.
         """
-        of_prefix, of_suffix = (
-            torch.as_tensor(lengths, dtype=torch.int64, device="cpu").reshape(-1)
-            for lengths in (prefix_lengths, suffix_lengths)
-        )
-        for name, lengths in (("prefix_lengths", of_prefix), ("suffix_lengths", of_suffix)):
-            if len(lengths) and int(lengths.min()) < 0:
-                raise ValueError(f"{name}: expected lengths >= 0, got {int(lengths.min())}")
+        of_prefix = _lengths("prefix_lengths", prefix_lengths)
+        of_suffix = _lengths("suffix_lengths", suffix_lengths)
         prefixes, suffixes = len(of_prefix), len(of_suffix)
         if prefixes and suffixes % prefixes:
             raise ValueError(
@@ -78,10 +74,24 @@ class PackedRuns:
 
     def to(self, device: torch.device | str) -> PackedRuns:
         """The same on another device."""
+        # A copy to the CPU could be read before it has arrived.
+        non_blocking = torch.device(device).type != "cpu"
         return PackedRuns(
-            self.offsets.to(device, non_blocking=True),
-            self.rows.to(device, non_blocking=True),
+            self.offsets.to(device, non_blocking=non_blocking),
+            self.rows.to(device, non_blocking=non_blocking),
             self.prefixes,
             self.longest_prefix,
             self.longest,
         )
+
+
+def _lengths(name: str, given: Sequence[int] | Tensor) -> Tensor:
+    """int64 [number of runs], checked."""
+    lengths = torch.as_tensor(given, device="cpu").reshape(-1)
+    if len(lengths) == 0:
+        return lengths.to(torch.int64)
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise TypeError(f"{name}: expected integers >= 0, got {lengths.dtype}")
+    if int(lengths.min()) < 0:
+        raise ValueError(f"{name}: expected lengths >= 0, got {int(lengths.min())}")
+    return lengths.to(torch.int64)

@@ -38,9 +38,10 @@ def prefix_attention(qkv: Tensor, runs: PackedRuns, *, scale: float | None = Non
         whole, [M, 3, H, E]; that of a prefix is summed in one order, so that it has the same bits
         on every run.
 
-    fp64, other devices than CPU and CUDA, functorch transforms and forward-mode differentiation are
-    served by plain PyTorch. For second derivatives compute it under
-    ``vlfast.ops.backends.reference_only()``; without it, create_graph=True raises RuntimeError.
+    fp64, other devices than CPU and CUDA, E above 256 on a GPU, functorch transforms and
+    forward-mode differentiation are served by plain PyTorch. For second derivatives compute it
+    under ``vlfast.ops.backends.reference_only()``; without it, create_graph=True raises
+    RuntimeError.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -67,19 +68,27 @@ def check_arguments(qkv: Any, runs: Any, scale: Any) -> None:
     checks.check_dtype("runs.rows", runs.rows, torch.int32, ("4", "M"))
     if qkv.shape[1] != 3 or 0 in qkv.shape[2:]:
         raise ValueError(f"qkv: expected a shape [M, 3, H, E], got {checks.describe(qkv)}")
-    rows = runs.rows.shape[1]
+    parts, rows = runs.rows.shape
+    if parts != 4:
+        raise ValueError(f"runs.rows: expected a shape [4, M], got {checks.describe(runs.rows)}")
     if len(qkv) != rows:
         raise ValueError(f"qkv: expected the {rows} rows of runs, got {checks.describe(qkv)}")
-    checks.check_same_device(qkv=qkv, runs=runs.offsets)
+    checks.check_same_device(qkv=qkv, **{"runs": runs.offsets, "runs.rows": runs.rows})
     if scale is not None:
         checks.check_positive("scale", scale)
+        checks.check_frozen("scale", scale)
 
 
 def kernel_can_serve(qkv: Tensor) -> bool:
     """Whether there is a kernel for this dtype, here."""
-    if qkv.dtype not in DTYPES or qkv.dtype == torch.float64:
+    if qkv.dtype not in KERNEL_DTYPES or (qkv.is_cuda and qkv.shape[3] > WIDEST_ON_GPU):
         return False
     return kernel_serves("prefix_attention", qkv)
+
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Of a head: tiles of a wider one do not fit the shared memory of every GPU.
+WIDEST_ON_GPU = 256
 
 
 class PrefixAttention(torch.autograd.Function):
@@ -105,6 +114,12 @@ def remember_problem(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> Non
     results = (None, None) if problem.qkv.is_cpu else output
     ctx.save_for_backward(problem.qkv, *results, problem.offsets, problem.rows)
     ctx.numbers = (problem.prefixes, problem.scale)
+
+
+def remember_problem_of_op(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    remember_problem(ctx, inputs, output)
+    # The log of the normalisers is for the backward. A gradient to it would be lost unnoticed.
+    ctx.mark_non_differentiable(output[1])
 
 
 def run_kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -159,7 +174,7 @@ LIBRARY.define(
 
 
 def prefix_attention_cpu(*arguments: Any) -> tuple[Tensor, Tensor]:
-    problem = contiguous(Problem(*arguments))
+    problem = for_kernel(Problem(*arguments))
     results = problem.empty_results()
     extension().prefix_attention_cpu(
         *problem.for_cpu(), *addresses(results), torch.get_num_threads()
@@ -174,7 +189,7 @@ def prefix_attention_backward_cpu(
     log_normaliser: Tensor | None,
     *others: Any,
 ) -> Tensor:
-    problem = contiguous(Problem(qkv, *others))
+    problem = for_kernel(Problem(qkv, *others))
     grad_output = grad_output.to(qkv.dtype).contiguous()
     to_qkv = torch.empty_like(problem.qkv)
     extension().prefix_attention_backward_cpu(
@@ -186,7 +201,7 @@ def prefix_attention_backward_cpu(
 def prefix_attention_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
     from .triton.prefix_attention import prefix_attention_forward
 
-    return prefix_attention_forward(*contiguous(Problem(*arguments)))
+    return prefix_attention_forward(*for_kernel(Problem(*arguments)))
 
 
 def prefix_attention_backward_cuda(
@@ -194,11 +209,17 @@ def prefix_attention_backward_cuda(
 ) -> Tensor:
     from .triton.prefix_attention import prefix_attention_backward
 
-    qkv, *others = contiguous(Problem(qkv, *others))
-    return prefix_attention_backward(grad_output.contiguous(), qkv, output, log_normaliser, *others)
+    qkv, *others = for_kernel(Problem(qkv, *others))
+    grad_output = grad_output.to(qkv.dtype).contiguous()
+    return prefix_attention_backward(grad_output, qkv, output, log_normaliser, *others)
 
 
-def contiguous(problem: Problem) -> Problem:
+def for_kernel(problem: Problem) -> Problem:
+    """Contiguous, and of a dtype that a kernel does not take for another."""
+    if problem.qkv.dtype not in KERNEL_DTYPES:
+        raise TypeError(
+            f"qkv: expected float32, bfloat16 or float16, got {checks.describe(problem.qkv)}"
+        )
     return Problem(*(x.contiguous() for x in problem[:3]), *problem[3:])
 
 
@@ -221,6 +242,6 @@ torch.library.register_fake(
 torch.library.register_autograd(
     "vlfast::prefix_attention",
     PrefixAttention.backward,
-    setup_context=remember_problem,
+    setup_context=remember_problem_of_op,
     lib=LIBRARY,
 )
