@@ -1,6 +1,7 @@
 """Features that are computed once: when they are, and when they are not."""
 
 import copy
+import pickle
 from typing import ClassVar
 
 import pytest
@@ -157,6 +158,96 @@ def test_a_replaced_module_is_noticed(model):
     before = hard_features(tower, tokens)
     model.transformer.resblocks[0].mlp.gelu = torch.nn.ReLU()
     assert not torch.equal(hard_features(tower, tokens), before)
+
+
+def replace_activation(model):
+    mlp = model.transformer.resblocks[0].mlp
+    other = torch.nn.Tanh if isinstance(mlp.gelu, torch.nn.ReLU) else torch.nn.ReLU
+    mlp.gelu = torch.nn.GELU()
+    mlp.gelu = other()
+
+
+def replace_weights(model):
+    linear = model.transformer.resblocks[0].mlp.c_fc
+    for _ in range(2):
+        linear.weight = torch.nn.Parameter(torch.randn_like(linear.weight), requires_grad=False)
+
+
+@pytest.mark.parametrize("change", [replace_activation, replace_weights])
+def test_what_stands_at_the_address_of_another_is_not_taken_for_it(model, change):
+    tower = TextTower(model)
+    tokens = tower.tokenize(["cat"], "a {name}.")
+    for _ in range(5):
+        hard_features(tower, tokens)
+        change(model)
+        assert torch.equal(hard_features(tower, tokens), hard_features(TextTower(model), tokens))
+
+
+class Adapted(torch.nn.Module):
+    """A linear layer with an adapter that can be switched off, as adapter libraries have it."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.register_buffer("mask", torch.ones(1))
+        self.disabled = False
+        self.scaling = {"default": 2.0}
+
+    def forward(self, x):
+        out = self.base(x) * self.mask
+        return out if self.disabled else out * self.scaling["default"]
+
+
+def replace_forward(linear):
+    linear.base.forward = lambda x: 3 * torch.nn.functional.linear(x, linear.base.weight)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda adapted: setattr(adapted, "disabled", True),
+        lambda adapted: adapted.scaling.update(default=5.0),
+        lambda adapted: adapted.mask.mul_(3.0),
+        replace_forward,
+    ],
+    ids=["attribute", "dict", "buffer", "method"],
+)
+def test_a_changed_option_of_a_module_is_noticed(model, change):
+    mlp = model.transformer.resblocks[0].mlp
+    mlp.c_proj = Adapted(mlp.c_proj)
+    tower = TextTower(model)
+    tokens = tower.tokenize(["cat"], "a {name}.")
+    before = hard_features(tower, tokens)
+    change(mlp.c_proj)
+    after = hard_features(tower, tokens)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, hard_features(TextTower(model), tokens))
+
+
+def test_the_scale_of_logits_may_learn(model, runs):
+    tower = TextTower(model)
+    tokens = tower.tokenize(["cat"], "a {name}.")
+    model.logit_scale.requires_grad_(True)
+    for _ in range(3):
+        assert not hard_features(tower, tokens).requires_grad
+        with torch.no_grad():
+            model.logit_scale.add_(0.1)
+    assert len(runs) == 1
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.copy, copy.deepcopy, lambda tower: pickle.loads(pickle.dumps(tower))],
+    ids=["copy", "deepcopy", "pickle"],
+)
+def test_copies_of_a_tower_compute_features_of_their_own(model, copied):
+    tower = TextTower(model, max_memory="1GB")
+    tokens = tower.tokenize(["cat", "dog"], "a {name}.")
+    before = hard_features(tower, tokens)
+    other = copied(tower)
+    after = hard_features(other, tokens)
+    assert torch.equal(after, before) and after is not before
+    assert other.max_memory == tower.max_memory
 
 
 def test_class_features_are_computed_once_for_evaluation(model, runs):

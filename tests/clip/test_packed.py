@@ -6,7 +6,7 @@ from typing import NamedTuple
 import open_clip
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from open_clip.tokenizer import SimpleTokenizer
 
@@ -87,9 +87,10 @@ def whole_sequences(layout, names):
     n = layout.n_ctx
     before = {"end": n, "middle": n // 2, "front": 0}[layout.position]
     for name in names:
-        words = layout.template.removeprefix("{ctx}").replace("{name}", name.replace("_", " "))
+        name = name.replace("_", " ").strip()
+        words = layout.template.removeprefix("{ctx}").replace("{name}", name)
         ids = TOKENIZER.encode(words.strip())
-        split = len(TOKENIZER.encode(name.replace("_", " "))) if before < n else 0
+        split = len(TOKENIZER.encode(name)) if before < n else 0
         places.append([*range(1, 1 + before), *range(1 + before + split, 1 + n + split)])
         body = [0] * before + ids[:split] + [0] * (n - before) + ids[split:]
         sentences.append([TOKENIZER.sot_token_id, *body, TOKENIZER.eot_token_id])
@@ -238,6 +239,7 @@ SENTENCES = st.lists(WORDS.filter(lambda w: w.replace("_", " ").strip()), min_si
 
 
 @settings(deadline=None, max_examples=60)
+@example(names=["-_"], position="end", per="all", n_ctx=0)
 @given(
     names=SENTENCES,
     position=st.sampled_from(["end", "middle", "front"]),
@@ -404,6 +406,57 @@ def test_chunks_without_gradients(model):
     )
 
 
+def test_chunks_do_not_depend_on_what_was_measured_first(model):
+    """Prompts that do not learn keep nothing, and what others keep depends on the model."""
+
+    def chunks(tower, tokens, context):
+        tower(context, tokens)
+        calls = []
+        with tower.text.ln_final.register_forward_hook(lambda m, i, out: calls.append(len(out))):
+            tower(context, tokens)
+        return len(calls)
+
+    wide = copy.deepcopy(model)
+    for block in wide.transformer.resblocks:
+        block.mlp = torch.nn.Sequential(*[copy.deepcopy(block.mlp) for _ in range(4)])
+    names = [f"thing {i}" for i in range(300)]
+    fixed = torch.zeros(5, 64)
+    learned = fixed.clone().requires_grad_()
+    used = TextTower(model, max_memory=10**6)
+    tokens = used.tokenize(names)
+    used(fixed, tokens)
+    for tower in (used, TextTower(wide, max_memory=10**6)):
+        fresh = TextTower(tower.text.model, max_memory=10**6)
+        expected = chunks(fresh, fresh.tokenize(names), learned)
+        assert chunks(tower, tokens, learned) == expected
+    fresh = TextTower(model, max_memory=10**6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert chunks(used, tokens, learned) == chunks(fresh, fresh.tokenize(names), learned)
+
+
+def test_chunks_of_some_classes_are_not_measured_anew(model):
+    tower = TextTower(model, max_memory=10**8)
+    tokens = tower.tokenize([f"thing {i}" for i in range(50)])
+    context = torch.zeros(5, 64, requires_grad=True)
+    tower(context, tokens)
+    calls = []
+    with model.ln_final.register_forward_hook(lambda m, i, out: calls.append(len(out))):
+        tower(context, tokens, index=torch.arange(20))
+    assert calls == [20, 5]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_chunks_notice_what_changed_before_the_backward(model, which):
+    """As autograd does where nothing is encoded again."""
+    tower = TextTower(model, max_memory=1)
+    learned = [torch.zeros(5, 64, requires_grad=True) for _ in range(2)]
+    out = tower(learned[0], tower.tokenize(NAMES), deep=learned[1:])
+    with torch.no_grad():
+        learned[which].add_(1.0)
+    with pytest.raises(RuntimeError, match="changed in place before the backward"):
+        out.features.sum().backward()
+
+
 @pytest.mark.parametrize(
     ("value", "size"), [(5, 5), ("5", 5), ("2GB", 2 * 10**9), (" 1.5 MiB", 3 * 2**19), (None, None)]
 )
@@ -438,6 +491,26 @@ def test_compiled(model, layout):
     eager = with_gradients(encode, inputs)
     for a, e in zip(compiled, eager, strict=True):
         torch.testing.assert_close(a, e, atol=1e-5 * float(e.abs().max()), rtol=0)
+
+
+def test_compiled_once_more_for_other_tokens(model):
+    torch.compiler.reset()
+    tower = TextTower(model)
+    context = torch.randn(3, 64)
+    pools = [tower.tokenize(NAMES), tower.tokenize(["cat", "a tall tree"])]
+    compiled = torch.compile(lambda tokens: tower(context, tokens).features, fullgraph=True)
+    for tokens in (*pools, *pools):
+        torch.testing.assert_close(
+            compiled(tokens), tower(context, tokens).features, atol=1e-5, rtol=1e-5
+        )
+
+
+def test_compiled_hard_prompt(model):
+    torch.compiler.reset()
+    tower = TextTower(model)
+    tokens = tower.tokenize(NAMES, "a photo of a {name}.")
+    compiled = torch.compile(lambda: tower(None, tokens).features, fullgraph=True)
+    torch.testing.assert_close(compiled(), tower(None, tokens).features, atol=1e-5, rtol=1e-5)
 
 
 def test_the_reference_gives_the_same(model):

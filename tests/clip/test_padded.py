@@ -1,6 +1,7 @@
 """The padded path against each model's own text tower on whole sentences."""
 
 from dataclasses import replace
+from threading import Thread, get_ident
 
 import pytest
 import torch
@@ -384,6 +385,28 @@ def test_hooks_go_when_the_model_fails(make_family):
     ):
         family.encode(family.words(), deep=[family.words()])
     assert_no_hooks(family.model)
+
+
+def test_another_thread_in_the_same_model_is_left_alone(make_family):
+    """Here it comes, with a context of its own, while the hooks of the first are in the model."""
+    family = make_family("clip")
+    context, other = family.words(), -family.words()[:1]
+    alone = family.encode(context), family.encode(other)
+    found = []
+
+    def meanwhile(module, args):
+        if get_ident() == first:
+            thread = Thread(target=lambda: found.append(family.encode(other)))
+            thread.start()
+            thread.join()
+
+    first = get_ident()
+    with family.text.blocks[1].register_forward_pre_hook(meanwhile):
+        found.insert(0, family.encode(context))
+    assert len(found) == 2
+    for out, expected in zip(found, alone, strict=True):
+        assert torch.equal(out.features, expected.features)
+        assert torch.equal(out.context_states, expected.context_states)
 
 
 def test_an_embedding_that_is_not_called_is_noticed(make_family):

@@ -98,6 +98,16 @@ def test_deep_prompts_replace_the_context_positions(tower, tiny_model, context):
     torch.testing.assert_close(out.features, expected, atol=1e-6, rtol=1e-5)
 
 
+def test_deep_prompts_may_be_one_tensor(tower, context):
+    tokens, deep = tower.tokenize(NAMES), torch.randn(2, 4, tower.width)
+    stacked = tower(context, tokens, deep=deep).features
+    assert torch.equal(stacked, tower(context, tokens, deep=[*deep]).features)
+
+
+def test_no_words_are_embedded_as_nothing(tower):
+    assert tower.embed_words("").shape == (0, tower.width)
+
+
 def test_gradient_is_that_of_the_full_length_tower(tower, tiny_model, context):
     tokens = tower.tokenize(NAMES)
     weights = torch.randn(len(NAMES), 32)
@@ -280,6 +290,13 @@ def call(tower, good_context, **changes):
         ({"index": torch.tensor([4])}, ValueError, r"class numbers in 0..3, got 4..4"),
         ({"index": torch.tensor([0.0])}, ValueError, "int64 vector"),
         ({"index": torch.tensor([], dtype=torch.int64)}, ValueError, "non-empty int64"),
+        ({"index": [0, 1]}, TypeError, "index: expected an int64 tensor, got list"),
+        ({"tokens": NAMES}, TypeError, r"tokens: expected what tokenize\(\) gives, got list"),
+        ({"context": [[0.0] * 32]}, TypeError, "context: expected a floating-point tensor"),
+        ({"context": torch.zeros(4, 32, device="meta")}, ValueError, "context: .* got one on meta"),
+        ({"deep": [torch.zeros(4, 32).long()]}, TypeError, "deep: expected a floating-point"),
+        ({"deep": [[0.0]]}, TypeError, "deep: expected a floating-point tensor, got list"),
+        ({"deep": [torch.zeros(4, 32, device="meta")]}, ValueError, "deep: .* got one on meta"),
     ],
 )
 def test_bad_input(tower, context, changes, error, match):

@@ -76,6 +76,18 @@ def test_bad_input(tokenizer, names, template, match):
         tokenize_names(tokenizer, names, template)
 
 
+def test_names_without_a_token_or_that_are_no_strings(tokenizer):
+    with pytest.raises(ValueError, match=r"names: '\\x00' at position 1 has no token"):
+        tokenize_names(tokenizer, ["cat", "\x00"], "{ctx} {name}.")
+    with pytest.raises(TypeError, match="names: expected strings, got 3 at position 1"):
+        tokenize_names(tokenizer, ["cat", 3], "{ctx} {name}.")
+
+
+def test_blanks_around_a_name_go(tokenizer):
+    tokens = tokenize_names(tokenizer, [" (cat)_", "(cat)"], "{ctx} {name}.")
+    assert torch.equal(tokens.suffix[0], tokens.suffix[1])
+
+
 def test_too_long_names_the_class(tokenizer):
     tokens = tokenize_names(tokenizer, ["cat", "long haired border collie"], "{ctx} {name}.")
     tokens.check_fits(10, 24)

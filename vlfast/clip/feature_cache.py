@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
-# Which modules there are, where their parameters lie, and how often they were written in place.
-Stamp = tuple[tuple[int, int], ...]
+from vlfast.clip.text_model import OF_LOGITS
+
+# What every module has, beside its options.
+_NOT_OPTIONS = frozenset(nn.Module().__dict__) - {"training"}
+
+_SCALARS = (bool, int, float, str, type(None))
+
+# What the features come from, in a form that can be compared.
+Stamp = list[object]
 
 
 class FeatureCache:
-    """Keeps what some modules computed until one of them is replaced, or one of their parameters
-    moved, replaced or written to (not by way of ``.data``, whose writes PyTorch does not count).
+    """Keeps what some modules computed until one of them is replaced or one of its options (plain
+    attributes) set, or one of their parameters and buffers is moved, replaced or written to (not by
+    way of ``.data``, whose writes PyTorch does not count).
 
-    What it hands out is shared: where a caller writes to it, it is made anew for the next.
+    What it hands out is shared: where a caller writes to it, it is made anew for the next. Copies
+    begin empty.
     """
 
     def __init__(self) -> None:
         self._kept: dict[Hashable, tuple[Stamp, Tensor, int]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
 
     def get(self, modules: Iterable[nn.Module], make: Callable[[], Tensor]) -> Tensor:
         """What ``make`` returns without autograd, in the autocast mode of now. It depends on
@@ -41,20 +56,33 @@ class FeatureCache:
 
 
 def _stamp(modules: Iterable[nn.Module]) -> Stamp | None:
-    """None where nothing can be kept: in inference mode writes are not counted, and a hook may do
-    anything."""
-    stamp = []
+    """None where nothing can be kept: in inference mode writes are not counted, and a hook or a
+    replaced method may do anything."""
+    stamp: Stamp = []
     for module in modules:
-        if module._forward_hooks or module._forward_pre_hooks:
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
             return None
-        stamp.append((id(module), module.training))
-        for weight in module._parameters.values():
-            if weight is None:
+        # Weak references rather than addresses, which pass to another once the first is gone.
+        stamp.append(weakref.ref(module))
+        stamp += [(k, _option(v)) for k, v in module.__dict__.items() if k not in _NOT_OPTIONS]
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None or name in OF_LOGITS:
                 continue
-            if weight.is_inference():
+            if tensor.is_inference():
                 return None
-            stamp.append((weight.data_ptr(), weight._version))
-    return tuple(stamp)
+            storage = StorageWeakRef(tensor.untyped_storage())
+            layout = (tensor.data_ptr(), tensor.stride(), tensor.dtype)
+            stamp.append((storage, layout, tensor._version))
+    return stamp
+
+
+def _option(value: object) -> object:
+    """What tells one value from another; adapters keep scalars in lists and dicts, too."""
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, (list, tuple, set)):
+        return [part for part in value if isinstance(part, _SCALARS)]
+    return value if isinstance(value, _SCALARS) else None
 
 
 def _autocast_mode() -> tuple[torch.dtype | None, ...]:

@@ -108,7 +108,19 @@ class _Prompts:
         """Keep nothing for the backward but the arguments, and encode again there."""
         if not torch.is_grad_enabled():
             return self.encode()
-        return checkpoint(self.encode, use_reentrant=False, preserve_rng_state=False)
+        # What is saved for a backward, autograd watches; what is used again there, we have to.
+        vectors = [v for v in (self.context, *self.deep) if v is not None and not v.is_inference()]
+        versions = [v._version for v in vectors]
+
+        def encode() -> TextOutput:
+            if [v._version for v in vectors] != versions:
+                raise RuntimeError(
+                    "context: it, or a deep prompt, was changed in place before the backward, "
+                    "which with max_memory encodes again and needs it as it was"
+                )
+            return self.encode()
+
+        return checkpoint(encode, use_reentrant=False, preserve_rng_state=False)
 
     def part(self, images: slice, classes: slice) -> _Prompts:
         context = self.context
@@ -146,12 +158,20 @@ class _Prompts:
         passing = 20 * self.text.width * self.text.dtype.itemsize
         if not torch.is_grad_enabled():
             return passing
-        key = ("kept", self.per, self.n_ctx, len(self.deep), torch.is_autocast_enabled())
-        return passing + self.tokens.once(key, self._bytes_kept)
+        device = self.text.device.type
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        learns = any(weight.requires_grad for weight in self.text.weights())
+        how = (self.per, self.position, self.n_ctx, len(self.deep))
+        key = (*how, self.text.dtype, autocast, learns)
+        return passing + self.text.measured(key, self._bytes_kept)
 
     def _bytes_kept(self) -> int:
-        """Measured on a few classes, since it depends on the model's own modules."""
+        """Measured on a few classes, since it depends on the model's own modules. Prompts that do
+        not learn now may do so at the next call."""
         few = self.part(slice(0, 1), slice(0, min(8, len(self.tokens))))
+        if self.context is not None:
+            context, *deep = (v.detach().requires_grad_() for v in (few.context, *few.deep))
+            few = replace(few, context=context, deep=tuple(deep))
         weights = {p.untyped_storage().data_ptr() for p in self.text.model.parameters()}
         kept: dict[int, int] = {}
 
@@ -163,7 +183,8 @@ class _Prompts:
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             few.encode()
-        return sum(kept.values()) // int(few._rows_of_runs().sum())
+        prefix = 1 if self.per == "class" else 1 + self.n_ctx
+        return sum(kept.values()) // (prefix + int(few._rows_of_runs().sum()))
 
 
 def _slices(bounds: Sequence[int]) -> list[slice]:

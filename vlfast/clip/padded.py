@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -173,7 +174,8 @@ class _Prompts:
 
 
 class _Vectors:
-    """Hooks that put vectors [N, n, d] at their places [N, n] of sequences."""
+    """Hooks that put vectors [N, n, d] at their places [N, n] of sequences, in the thread that made
+    them alone: others may be in the same model."""
 
     def __init__(self, vectors: Tensor, places: Tensor, sequence: int = 1) -> None:
         self.vectors = vectors
@@ -182,8 +184,11 @@ class _Vectors:
             self.vectors, self.index = self.vectors.transpose(0, 1), self.index.transpose(0, 1)
         self.sequence = sequence
         self.used = False
+        self.thread = get_ident()
 
     def in_output(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if get_ident() != self.thread:
+            return output
         self.used = True
         return output.scatter(self.sequence, self.index, self.vectors.to(output.dtype))
 
@@ -206,10 +211,11 @@ class _StatesBefore:
         self.before = places[which] - 1
         self.which = which
         self.kept: Tensor | None = None
+        self.thread = get_ident()
 
     def keep(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         # Some towers normalise what they have read, [N, d].
-        if output.ndim == 3:
+        if output.ndim == 3 and get_ident() == self.thread:
             index = self.before[..., None].expand(-1, -1, output.shape[2])
             self.kept = output[self.which].gather(1, index)
 

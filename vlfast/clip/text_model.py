@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
@@ -21,6 +21,8 @@ _READ = {
     "open_clip.transformer.Transformer",
     "open_clip.transformer.ResidualAttentionBlock",
 }
+# Parameters of a model that no feature comes from.
+OF_LOGITS = ("logit_scale", "logit_bias")
 _NEEDS_WHOLE = "which needs whole sequences"
 
 
@@ -51,6 +53,7 @@ class TextModel:
     eos_id: int | None
     whole: str | None
     _tried: dict[nn.Module, str | None] = field(default_factory=dict, repr=False)
+    _measured: dict[Hashable, int] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, model: nn.Module) -> TextModel:
@@ -161,9 +164,16 @@ class TextModel:
         return [module for name, module in named if not name.startswith(outside)]
 
     def weights(self) -> list[Tensor]:
-        """The parameters of ``modules``."""
-        own = [module.parameters(recurse=False) for module in self.modules()]
-        return list(itertools.chain.from_iterable(own))
+        """The parameters of ``modules`` that features come from."""
+        own = [module.named_parameters(recurse=False) for module in self.modules()]
+        named = itertools.chain.from_iterable(own)
+        return [weight for name, weight in named if name not in OF_LOGITS]
+
+    def measured(self, key: Hashable, measure: Callable[[], int]) -> int:
+        """What ``measure`` found in this model when first asked for ``key``."""
+        if key not in self._measured:
+            self._measured[key] = measure()
+        return self._measured[key]
 
     def why_padded(self) -> str | None:
         """None where rows of tokens may go through the blocks one run behind another; else why the

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import get_args
+from typing import Any, get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -53,6 +53,13 @@ class TextTower:
         self.max_memory = max_memory
         self._hard_features: WeakKeyDictionary[PromptTokens, FeatureCache] = WeakKeyDictionary()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Weak references can't be copied or pickled; copies compute features of their own.
+        return {k: v for k, v in self.__dict__.items() if k != "_hard_features"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _hard_features=WeakKeyDictionary())
+
     @property
     def max_memory(self) -> int | None:
         """Bytes that encoding may take at a time; None for no limit."""
@@ -93,7 +100,8 @@ class TextTower:
 
     def embed_words(self, words: str) -> Tensor:
         """The token embeddings of ``words``, [n, d]: what a context starts from."""
-        ids = torch.tensor(self.tokenizer.encode(words), device=self.text.device)
+        ids = self.tokenizer.encode(words)
+        ids = torch.tensor(ids, dtype=torch.int64, device=self.text.device)
         return self.text.token_embedding(ids).detach()
 
     def __call__(
@@ -111,28 +119,33 @@ class TextTower:
         context: [n, d] shared by all classes (per "all"), [C, n, d] one a class (per "class"),
         [B, n, d] one an image (per "image"), or None for a hard prompt. tokens: from
         ``tokenize``. position: where the class name stands; "middle" puts n // 2 vectors before
-        it. deep: tensors [n, d]; entry l replaces positions 1..n at the input of block l + 1.
-        index: int64 [K], encode only these classes (rows of a per-class context follow it). An
-        index on the CPU costs no synchronisation with a GPU.
+        it. deep: tensors [n, d], or one [l, n, d]; entry l replaces positions 1..n at the input of
+        block l + 1. index: int64 [K], encode only these classes (rows of a per-class context follow
+        it). An index on the CPU costs no synchronisation with a GPU.
 
-        A hard prompt's features are computed once for the same ``tokens``, and again only where a
-        weight has changed.
+        A hard prompt's features are computed once for the same ``tokens``, for all its classes even
+        where ``index`` asks for few, and again only where a weight or an option of a module has
+        changed (a write by way of ``weight.data`` goes unseen) or hooks are at work.
+
+        ``torch.compile`` takes it in as one graph, except with ``index`` or ``max_memory``, which
+        break it, and encodes hard prompts each time.
 
         Gradients come back in the context's dtype. Raises ValueError or TypeError, naming the
         argument, for shapes that do not fit and for deep or conditional prompts with a position
         other than "end".
         """
-        deep = list(deep or ())
+        deep = [] if deep is None else list(deep)
         self._check(context, tokens, per, position, deep, index)
-        if context is None and not self._learns_weights():
+        keeps = not (torch.compiler.is_compiling() or self._learns_weights())
+        if context is None and keeps:
             features = self._features_of_hard_prompt(tokens)
             if index is not None:
-                features = features[index.to(features.device)]
+                features = features[index.to(features.device, non_blocking=True)]
             return TextOutput(features, None)
         if index is not None:
             tokens = tokens.select(index)
             if per == "class":
-                context = context[index.to(context.device)]
+                context = context[index.to(context.device, non_blocking=True)]
         return self._encode(context, tokens, per, position, deep)
 
     def _encode(
@@ -172,7 +185,11 @@ class TextTower:
         if position != "end" and (deep or per == "image"):
             what = "deep prompts" if deep else 'per="image"'
             raise ValueError(f"position: {what} need the class name at the end, got {position!r}")
+        if not isinstance(tokens, PromptTokens):
+            raise TypeError(f"tokens: expected what tokenize() gives, got {type(tokens).__name__}")
         if index is not None:
+            if not isinstance(index, Tensor):
+                raise TypeError(f"index: expected an int64 tensor, got {type(index).__name__}")
             if index.dtype != torch.int64 or index.ndim != 1 or len(index) == 0:
                 raise ValueError(
                     "index: expected a non-empty int64 vector, "
@@ -195,10 +212,18 @@ class TextTower:
         if not tokens.has_context:
             raise ValueError(
                 f"context: the template {tokens.template!r} is a hard prompt (no {{ctx}}), "
-                f"so expected None, got a tensor {tuple(context.shape)}"
+                f"so expected None, got {type(context).__name__}"
             )
-        if not context.is_floating_point():
-            raise TypeError(f"context: expected a floating-point tensor, got {context.dtype}")
+        vectors = [("context", context), *(("deep", vectors) for vectors in deep)]
+        for name, tensor in vectors:
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise TypeError(f"{name}: expected a floating-point tensor, got {got}")
+            if tensor.device != self.text.device:
+                raise ValueError(
+                    f"{name}: expected a tensor on {self.text.device}, where the model is, "
+                    f"got one on {tensor.device}"
+                )
         wanted = {
             "all": "[n, {d}]",
             "class": "[{c}, n, {d}]",

@@ -17,7 +17,7 @@ from vlfast.clip.text_output import Per, Position
 T = TypeVar("T")
 
 _NUMBERS = itertools.count()
-_BY_NUMBER: WeakValueDictionary[int, PromptTokens] = WeakValueDictionary()
+_BY_NUMBER: WeakValueDictionary[str, PromptTokens] = WeakValueDictionary()
 
 
 class Tokenizer(Protocol):
@@ -141,7 +141,7 @@ class PromptTokens:
     separable: bool
     longest: tuple[str, int]
     _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
-    _number: int = field(default_factory=_NUMBERS.__next__, init=False, repr=False)
+    _number: str = field(default_factory=lambda: str(next(_NUMBERS)), init=False, repr=False)
 
     def __post_init__(self) -> None:
         _BY_NUMBER[self._number] = self
@@ -168,7 +168,8 @@ class PromptTokens:
     ) -> PromptLayout:
         """The packed rows for a context of ``n_ctx`` vectors; made once for all steps."""
         key = (n_ctx, per, position, images, str(device))
-        _make_layout(self._number, *key)
+        # Formatted, since torch.compile makes a symbol of a number that changes between calls.
+        _make_layout(f"{self._number}", *key)
         return self._made[key]
 
     def part(self, start: int, stop: int) -> PromptTokens:
@@ -199,7 +200,7 @@ class PromptTokens:
 
 
 def _make_layout(
-    number: int, n_ctx: int, per: Per, position: Position, images: int, device: str
+    number: str, n_ctx: int, per: Per, position: Position, images: int, device: str
 ) -> None:
     """Let the tokens with this number have this layout."""
     tokens = _BY_NUMBER[number]
@@ -229,8 +230,9 @@ def tokenize_names(tokenizer: Any, names: Sequence[str], template: str) -> Promp
 
     tokenizer: any that ``as_tokenizer`` takes. template: ``"{ctx} {name}."`` for a learned context,
     with frozen words allowed between the two; ``"a photo of a {name}."`` (no ``{ctx}``) for a hard
-    prompt. Underscores in names become spaces.
-    Raises ValueError for an empty list, an empty name or a template of another form.
+    prompt. Underscores in names become spaces, and blanks around a name go.
+    Raises ValueError for an empty list, an empty name or a template of another form, TypeError for
+    a name that is not a string.
     """
     if isinstance(names, str) or not names:
         raise ValueError(f"names: expected a non-empty sequence of class names, got {names!r}")
@@ -251,12 +253,18 @@ def tokenize_names(tokenizer: Any, names: Sequence[str], template: str) -> Promp
 
     runs, name_lengths, separable = [], [], True
     for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"names: expected strings, got {name!r} at position {len(runs)}")
         clean = name.replace("_", " ").strip()
         if not clean:
             raise ValueError(f"names: an empty class name at position {len(runs)}")
         run = tokenizer.encode(f"{before}{clean}{after}".rstrip())
         runs.append([*run, tokenizer.eot_token_id])
         name_ids = tokenizer.encode(f"{gap}{clean}")
+        if not name_ids:
+            raise ValueError(
+                f"names: {name!r} at position {len(runs) - 1} has no token, its signs are dropped"
+            )
         name_lengths.append(len(name_ids))
         separable &= len(between) + len(name_ids) < len(runs[-1])
 
