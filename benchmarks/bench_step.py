@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.contest import OURS, TRAINING_STEP, Case, Problem
-from benchmarks.padded import MOST_ON_A_CPU, PADDED, PaddedTower, build_clip, class_names
+from benchmarks.padded import CUT, MOST_ON_A_CPU, PADDED, PaddedTower, build_clip, class_names
 from vlfast.clip.text_tower import TextTower
 
 
@@ -28,7 +28,7 @@ def make_coop(
 ) -> Problem:
     """CoOp: one context for all images."""
     model, names = build_clip(config, device), class_names(classes)
-    tower, padded = TextTower(model), PaddedTower(model, names, n_ctx)
+    tower = TextTower(model)
     tokens = tower.tokenize(names)
     batch, labels = random_images(model, images, classes)
     context = (0.02 * torch.randn(n_ctx, tower.width)).to(device).requires_grad_()
@@ -37,9 +37,14 @@ def make_coop(
         image_features = encode_images(model, batch)
         return cross_entropy(model, image_features, tower(context, tokens).features, labels)
 
-    def theirs() -> Tensor:
-        image_features = encode_images(model, batch)
-        return cross_entropy(model, image_features, padded(context), labels)
+    def padded(cut: bool) -> Callable[[], Tensor]:
+        its_tower = PaddedTower(model, names, n_ctx, cut=cut)
+
+        def theirs() -> Tensor:
+            image_features = encode_images(model, batch)
+            return cross_entropy(model, image_features, its_tower(context), labels)
+
+        return theirs
 
     def exact() -> list[Tensor]:
         precise = copy.deepcopy(model).double()
@@ -48,7 +53,7 @@ def make_coop(
         loss = cross_entropy(precise, encode_images(precise, batch.double()), features, labels)
         return [loss.detach(), *torch.autograd.grad(loss, leaf)]
 
-    sides = {OURS: ours, PADDED: theirs}
+    sides = {OURS: ours, PADDED: padded(cut=False), CUT: padded(cut=True)}
     if device == "cpu" and classes > MOST_ON_A_CPU:
         del sides[PADDED]
     return Problem(
@@ -62,15 +67,15 @@ def make_coop(
 
 def make_cocoop(
     images: int,
+    classes: int,
     device: str,
     *,
-    classes: int = 100,
     n_ctx: int = 4,
     config: Mapping[str, Any] | None = None,
 ) -> Problem:
     """CoCoOp: the context of an image is shifted by what a small network makes of its features."""
     model, names = build_clip(config, device), class_names(classes)
-    tower, padded = TextTower(model), PaddedTower(model, names, n_ctx)
+    tower = TextTower(model)
     tokens = tower.tokenize(names)
     batch, labels = random_images(model, images, classes)
     context = (0.02 * torch.randn(n_ctx, tower.width)).to(device).requires_grad_()
@@ -86,13 +91,18 @@ def make_cocoop(
         text_features = tower(contexts, tokens, per="image").features
         return cross_entropy(model, image_features, text_features, labels)
 
-    def image_by_image() -> Iterator[Tensor]:
-        """Their loop over the images. Each goes back at once: 8 images' graphs take some 17 GB."""
-        image_features = encode_images(model, batch)
-        for image_feature, label in zip(image_features, labels, strict=True):
-            text_features = padded(context + meta_net(image_feature))
-            loss = cross_entropy(model, image_feature[None], text_features, label[None])
-            yield loss / images
+    def padded(cut: bool) -> Callable[[], Iterator[Tensor]]:
+        its_tower = PaddedTower(model, names, n_ctx, cut=cut)
+
+        def image_by_image() -> Iterator[Tensor]:
+            """Their loop over the images. Each goes back at once: 8 graphs take some 17 GB."""
+            image_features = encode_images(model, batch)
+            for image_feature, label in zip(image_features, labels, strict=True):
+                text_features = its_tower(context + meta_net(image_feature))
+                loss = cross_entropy(model, image_feature[None], text_features, label[None])
+                yield loss / images
+
+        return image_by_image
 
     def exact() -> list[Tensor]:
         precise, its_net = copy.deepcopy(model).double(), copy.deepcopy(meta_net).double()
@@ -104,8 +114,11 @@ def make_cocoop(
         loss = cross_entropy(precise, image_features, features, labels)
         return [loss.detach(), *torch.autograd.grad(loss, [leaf, *its_net.parameters()])]
 
+    sides = {OURS: ours, PADDED: padded(cut=False), CUT: padded(cut=True)}
+    if device == "cpu" and images * classes > 8 * 100:
+        del sides[PADDED]
     return Problem(
-        sides={OURS: ours, PADDED: image_by_image},
+        sides=sides,
         leaves=leaves,
         exact=exact,
         optimizer=sgd(leaves),
@@ -142,9 +155,9 @@ def coop(classes: int, *, full: bool = False) -> Case:
     return step_case(name, partial(make_coop, classes), full)
 
 
-def cocoop(images: int, *, full: bool = False) -> Case:
-    name = f"CoCoOp, {images} image{'s' * (images > 1)}, 100 classes"
-    return step_case(name, partial(make_cocoop, images), full)
+def cocoop(images: int, classes: int, *, full: bool = False) -> Case:
+    name = f"CoCoOp, {images} image{'s' * (images > 1)}, {classes} classes"
+    return step_case(name, partial(make_cocoop, images, classes), full)
 
 
 def step_case(name: str, make: Any, full: bool) -> Case:
@@ -153,7 +166,7 @@ def step_case(name: str, make: Any, full: bool) -> Case:
         make,
         full,
         modes=(TRAINING_STEP,),
-        baselines=(PADDED,),
+        baselines=(PADDED, CUT),
         slow=True,
         seconds=60.0 if full else 20.0,
     )
@@ -164,8 +177,13 @@ CASES = [
     coop(100),
     coop(400, full=True),
     coop(1000, full=True),
-    cocoop(1),
-    cocoop(8, full=True),
+    cocoop(1, 50),
+    cocoop(1, 100),
+    cocoop(1, 400, full=True),
+    cocoop(1, 1000, full=True),
+    cocoop(8, 50, full=True),
+    cocoop(8, 100, full=True),
+    cocoop(8, 400, full=True),
 ]
 
 

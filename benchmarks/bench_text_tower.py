@@ -142,7 +142,6 @@ CASES = [
     case(1000, full=True),
     case(100, per="class", full=True),
     case(100, position="middle", full=True),
-    case(100, per="image", images=1, n_ctx=4, full=True),
     case(100, per="image", images=8, n_ctx=4, full=True),
 ]
 

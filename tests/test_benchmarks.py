@@ -63,7 +63,7 @@ CASES = [
     ),
     Case(
         "step",
-        partial(bench_step.make_cocoop, 2, classes=5, config=TINY),
+        partial(bench_step.make_cocoop, 2, 5, config=TINY),
         modes=(TRAINING_STEP,),
         baselines=(PADDED,),
         slow=True,
@@ -125,7 +125,7 @@ def test_a_side_that_computes_another_thing_is_not_raced():
         partial(bench_text_tower.make, 7, position="middle"),
         partial(bench_text_tower.make, 7, per="image", images=2, n_ctx=4),
         partial(bench_step.make_coop, 7, images=3),
-        partial(bench_step.make_cocoop, 3, classes=7),
+        partial(bench_step.make_cocoop, 3, 7),
     ],
     ids=["all", "class", "middle", "image", "CoOp", "CoCoOp"],
 )
