@@ -274,3 +274,23 @@ def test_other_class_names_are_remembered_for_a_while(tiny_clip):
     for number in range(20):
         classifier.for_classes([f"thing {number}"])
     assert classifier.for_classes(["hen", "cow"]) is not other
+
+
+def test_a_write_through_data_is_seen_in_prompts(tiny_clip):
+    """They are small: their numbers are compared."""
+    prompts = build_prompts("shared", tiny_clip, num_classes=2, n_ctx=2)
+    classifier = PromptedClassifier(tiny_clip, prompts, ["cat", "dog"], "a {}.")
+    before = classifier.class_features()
+    assert classifier.class_features() is before
+    prompts.context.data.add_(1.0)
+    assert not torch.equal(classifier.class_features(), before)
+
+
+def test_forget(model):
+    tower = TextTower(model)
+    tokens = tower.tokenize(["cat"], "a {name}.")
+    before = hard_features(tower, tokens)
+    model.ln_final.weight.data.mul_(2.0)
+    assert torch.equal(hard_features(tower, tokens), before)
+    tower.forget()
+    assert not torch.equal(hard_features(tower, tokens), before)

@@ -239,3 +239,25 @@ def test_unknown_words_are_warned_of(tiny_model):
     assert clip.unknown_words("a zebra") == ["zebra"]
     with pytest.warns(UserWarning, match="partial never trained the words of 'a zebra'"):
         assert check_vocabulary(clip, ["a cat", "a zebra"], "classnames") == ["a zebra"]
+
+
+def test_openais_own_class_is_wrapped():
+    """Its image towers know their size, and nothing else of the images."""
+
+    class ImageTower(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.input_resolution = 32
+            self.conv1 = torch.nn.Conv2d(3, 16, 32)
+
+        def forward(self, images):
+            return self.conv1(images)[:, :, 0, 0]
+
+    model = support.OpenAIClip()
+    model.visual = ImageTower()
+    model.encode_image = model.visual.forward
+    clip = wrap_clip(model)
+    assert clip.image_size == 32 and clip.mean == open_clip.OPENAI_DATASET_MEAN
+    features = clip.encode_images(torch.randn(2, 3, 32, 32))
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(2))
+    assert clip.text_tower.explain().startswith("packed")

@@ -563,3 +563,52 @@ def test_weights_that_learn_get_their_gradients(model):
         if expected.grad is not None:
             size = float(expected.grad.abs().max())
             torch.testing.assert_close(gradients[name], expected.grad, atol=1e-5 * size, rtol=0)
+
+
+def test_twenty_thousand_names(model):
+    """A dictionary for class-agnostic distillation: all of it within a budget, and a part of it
+    with a gradient."""
+    tower = TextTower(model, max_memory="50MB")
+    tokens = tower.tokenize([f"{name} {i}" for i in range(3334) for name in NAMES])
+    context = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    with torch.no_grad():
+        everything = tower(context, tokens).features
+    index = torch.arange(19_000, 20_000)
+    some = tower(context, tokens, index=index).features
+    assert len(everything) == 20_004
+    torch.testing.assert_close(some, everything[index], atol=2e-6, rtol=1e-5)
+    some.square().sum().backward()
+    assert bool(context.grad.isfinite().all()) and bool((context.grad != 0).any())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_on_a_gpu_nothing_waits_for_it(model, layout):
+    """The numbers are those of the CPU, and a step synchronises with nothing."""
+    inputs = leaves(layout, len(NAMES), 64, torch.float32)
+    expected = with_gradients(lambda *x: packed(TextTower(model), layout, NAMES, *x), inputs)
+    tower = TextTower(copy.deepcopy(model).cuda())
+    tokens = tower.tokenize(NAMES, layout.template)
+    how = {"per": layout.per, "position": layout.position}
+    on_gpu = [x.cuda().requires_grad_() for x in inputs]
+
+    def step(index=None):
+        out = tower(on_gpu[0], tokens, deep=on_gpu[1:], index=index, **how)
+        (out.features.sum() + out.context_states.sum()).backward()
+
+    step(torch.tensor([2, 0]))  # compiles the kernels, and lays out the classes
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+    def encode(*x):
+        out = tower(x[0].cuda(), tokens, deep=[y.cuda() for y in x[1:]], **how)
+        return out.features.cpu(), out.context_states.cpu()
+
+    for a, e in zip(with_gradients(encode, inputs), expected, strict=True):
+        if e.numel():
+            torch.testing.assert_close(a, e, atol=1e-4 * float(e.abs().max()), rtol=0)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Iterable
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,28 +31,53 @@ class FeatureCache:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[Hashable, tuple[Stamp, Tensor, int]] = {}
+        self._kept: dict[Hashable, _Kept] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
 
-    def get(self, modules: Iterable[nn.Module], make: Callable[[], Tensor]) -> Tensor:
+    def get(
+        self,
+        modules: Iterable[nn.Module],
+        make: Callable[[], Tensor],
+        values: Iterable[Tensor] = (),
+    ) -> Tensor:
         """What ``make`` returns without autograd, in the autocast mode of now. It depends on
-        ``modules`` alone, each with its own parameters."""
+        ``modules`` alone, each with its own parameters, and on ``values``: small tensors, which are
+        compared number by number, so that no write goes unseen."""
         if torch.compiler.is_compiling():
             with torch.no_grad():
                 return make()
-        stamp, mode = _stamp(modules), _autocast_mode()
+        stamp, mode, values = _stamp(modules), _autocast_mode(), list(values)
         if stamp is not None and mode in self._kept:
-            made_from, features, version = self._kept[mode]
-            if made_from == stamp and features._version == version:
-                return features
+            kept = self._kept[mode]
+            if kept.stamp == stamp and kept.is_untouched() and _same(kept.values, values):
+                return kept.features
         # Tensors of inference mode could not be used in training later on.
         with torch.inference_mode(False), torch.no_grad():
             features = make()
         if stamp is not None:
-            self._kept[mode] = (stamp, features, features._version)
+            copies = [x.detach().clone() for x in values]
+            self._kept[mode] = _Kept(stamp, copies, features, features._version)
         return features
+
+    def clear(self) -> None:
+        """Let everything be made anew."""
+        self._kept.clear()
+
+
+class _Kept(NamedTuple):
+    stamp: Stamp
+    values: list[Tensor]
+    features: Tensor
+    version: int
+
+    def is_untouched(self) -> bool:
+        return self.features._version == self.version
+
+
+def _same(before: Sequence[Tensor], now: Sequence[Tensor]) -> bool:
+    return len(before) == len(now) and all(map(torch.equal, before, now))
 
 
 def _stamp(modules: Iterable[nn.Module]) -> Stamp | None:

@@ -125,7 +125,8 @@ def wrap_clip(
     known_tokens: Tensor | None = None,
     device: str | torch.device = "cpu",
 ) -> ClipModel:
-    """Make an open_clip CLIP that you built yourself ready for prompts. It is frozen in place.
+    """Make a CLIP that you built yourself, open_clip's or OpenAI's, ready for prompts. It is frozen
+    in place.
 
     tokenizer: what the model was trained with, CLIP's by default: one of open_clip
     (``open_clip.get_tokenizer(name)``) or of transformers. known_tokens: bool [V], rows of the
@@ -149,7 +150,7 @@ def wrap_clip(
         )
     if known_tokens is None:
         known_tokens = torch.arange(words) < known
-    preprocess = open_clip.get_model_preprocess_cfg(model)
+    preprocess = _preprocessing(model)
     size = preprocess["size"]
     return ClipModel(
         name=name,
@@ -163,6 +164,16 @@ def wrap_clip(
         std=tuple(preprocess.get("std", open_clip.OPENAI_DATASET_STD)),
         interpolation=preprocess.get("interpolation", "bicubic"),
     )
+
+
+def _preprocessing(model: nn.Module) -> dict[str, Any]:
+    """Size, mean and so on of the images, as open_clip notes them; OpenAI's class knows a size."""
+    import open_clip
+
+    visual = getattr(model, "visual", model)
+    if hasattr(visual, "input_resolution"):
+        return {"size": visual.input_resolution}
+    return open_clip.get_model_preprocess_cfg(model)
 
 
 def _load_open_clip(name: str, pretrained: str | None) -> nn.Module:

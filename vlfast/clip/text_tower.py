@@ -125,10 +125,9 @@ class TextTower:
 
         A hard prompt's features are computed once for the same ``tokens``, for all its classes even
         where ``index`` asks for few, and again only where a weight or an option of a module has
-        changed (a write by way of ``weight.data`` goes unseen) or hooks are at work.
-
-        ``torch.compile`` takes it in as one graph, except with ``index`` or ``max_memory``, which
-        break it, and encodes hard prompts each time.
+        changed (a write by way of ``weight.data`` goes unseen: see ``forget``), or hooks are at
+        work. ``torch.compile`` takes the call in as one graph, except with ``index`` or
+        ``max_memory``, which break it, and encodes hard prompts each time.
 
         Gradients come back in the context's dtype. Raises ValueError or TypeError, naming the
         argument, for shapes that do not fit and for deep or conditional prompts with a position
@@ -147,6 +146,11 @@ class TextTower:
             if per == "class":
                 context = context[index.to(context.device, non_blocking=True)]
         return self._encode(context, tokens, per, position, deep)
+
+    def forget(self) -> None:
+        """Compute the features of hard prompts anew, after a write to weights by way of ``.data``,
+        which nothing tells."""
+        self._hard_features.clear()
 
     def _encode(
         self,

@@ -69,7 +69,8 @@ class PromptedClassifier:
         """Class features for evaluation, [C, D] without autograd: computed again only where the
         prompts or the model have changed."""
         modules = [*self.prompts.modules(), *self.clip.text_tower.text.modules()]
-        return self._features.get(modules, lambda: self.encode_text().features)
+        learned = self.prompts.state_dict().values()
+        return self._features.get(modules, lambda: self.encode_text().features, learned)
 
     def logits(self, images: Tensor, class_features: Tensor) -> Tensor:
         """Logit scale times cosine, fp32 [B, C], from normalised image features [B, D] and class
