@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlfast.clip.prompt_layout import vectors_before_name
 from vlfast.clip.text_model import TextModel
 from vlfast.clip.text_output import Per, Position, TextOutput
 from vlfast.clip.tokens import PromptTokens
@@ -99,7 +100,7 @@ class _WholeSequences:
     ) -> _WholeSequences:
         suffix, lengths, name = tokens.suffix, tokens.lengths[:, None], tokens.name_lengths[:, None]
         start = 0 if tokens.sot is None else 1
-        before = {"end": n, "middle": n // 2, "front": 0}[position]
+        before = vectors_before_name(n, position)
         count = torch.arange(suffix.shape[1], device=suffix.device)
         in_name = (count < name) & (position != "end")
         vector = torch.arange(n, device=suffix.device).expand(len(tokens), n)
