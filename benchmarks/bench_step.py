@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,9 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.contest import OURS, TRAINING_STEP, Case, Problem
-from benchmarks.padded import CUT, MOST_ON_A_CPU, PADDED, PaddedTower, build_clip, class_names
+from benchmarks.contest import TRAINING_STEP, Case, Problem
+from benchmarks.padded import (
+    CUT,
+    MOST_ON_A_CPU,
+    PADDED,
+    Loss,
+    PaddedTower,
+    build_clip,
+    class_names,
+    three_sides,
+)
 from vlfast.clip.text_tower import TextTower
+from vlfast.clip.tokens import PromptTokens
+
+MOST_LOOPED = 800  # images x classes at 77 tokens: more take minutes a step on a CPU
 
 
 def make_coop(
@@ -28,16 +40,14 @@ def make_coop(
 ) -> Problem:
     """CoOp: one context for all images."""
     model, names = build_clip(config, device), class_names(classes)
-    tower = TextTower(model)
-    tokens = tower.tokenize(names)
+    tower, tokens, context = our_tower(model, names, n_ctx)
     batch, labels = random_images(model, images, classes)
-    context = (0.02 * torch.randn(n_ctx, tower.width)).to(device).requires_grad_()
 
     def ours() -> Tensor:
         image_features = encode_images(model, batch)
         return cross_entropy(model, image_features, tower(context, tokens).features, labels)
 
-    def padded(cut: bool) -> Callable[[], Tensor]:
+    def padded(cut: bool) -> Loss:
         its_tower = PaddedTower(model, names, n_ctx, cut=cut)
 
         def theirs() -> Tensor:
@@ -53,11 +63,8 @@ def make_coop(
         loss = cross_entropy(precise, encode_images(precise, batch.double()), features, labels)
         return [loss.detach(), *torch.autograd.grad(loss, leaf)]
 
-    sides = {OURS: ours, PADDED: padded(cut=False), CUT: padded(cut=True)}
-    if device == "cpu" and classes > MOST_ON_A_CPU:
-        del sides[PADDED]
     return Problem(
-        sides=sides,
+        sides=three_sides(ours, padded, device != "cpu" or classes <= MOST_ON_A_CPU),
         leaves=[context],
         exact=exact,
         optimizer=sgd([context]),
@@ -75,10 +82,8 @@ def make_cocoop(
 ) -> Problem:
     """CoCoOp: the context of an image is shifted by what a small network makes of its features."""
     model, names = build_clip(config, device), class_names(classes)
-    tower = TextTower(model)
-    tokens = tower.tokenize(names)
+    tower, tokens, context = our_tower(model, names, n_ctx)
     batch, labels = random_images(model, images, classes)
-    context = (0.02 * torch.randn(n_ctx, tower.width)).to(device).requires_grad_()
     joint = model.text_projection.shape[1]
     meta_net = nn.Sequential(
         nn.Linear(joint, joint // 16), nn.ReLU(), nn.Linear(joint // 16, tower.width)
@@ -91,7 +96,7 @@ def make_cocoop(
         text_features = tower(contexts, tokens, per="image").features
         return cross_entropy(model, image_features, text_features, labels)
 
-    def padded(cut: bool) -> Callable[[], Iterator[Tensor]]:
+    def padded(cut: bool) -> Loss:
         its_tower = PaddedTower(model, names, n_ctx, cut=cut)
 
         def image_by_image() -> Iterator[Tensor]:
@@ -114,16 +119,22 @@ def make_cocoop(
         loss = cross_entropy(precise, image_features, features, labels)
         return [loss.detach(), *torch.autograd.grad(loss, [leaf, *its_net.parameters()])]
 
-    sides = {OURS: ours, PADDED: padded(cut=False), CUT: padded(cut=True)}
-    if device == "cpu" and images * classes > 8 * 100:
-        del sides[PADDED]
     return Problem(
-        sides=sides,
+        sides=three_sides(ours, padded, device != "cpu" or images * classes <= MOST_LOOPED),
         leaves=leaves,
         exact=exact,
         optimizer=sgd(leaves),
         tolerance=1e-4,
     )
+
+
+def our_tower(
+    model: open_clip.CLIP, names: list[str], n_ctx: int
+) -> tuple[TextTower, PromptTokens, Tensor]:
+    """With the class names laid out, and a context to learn."""
+    tower = TextTower(model)
+    context = 0.02 * torch.randn(n_ctx, tower.width)
+    return tower, tower.tokenize(names), context.to(model.logit_scale.device).requires_grad_()
 
 
 def random_images(model: open_clip.CLIP, images: int, classes: int) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,14 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.contest import MODES, OURS, Case, Problem
+from benchmarks.contest import MODES, Case, Problem
 from benchmarks.padded import (
     CUT,
     MOST_ON_A_CPU,
     PADDED,
+    Loss,
     PaddedTower,
     build_clip,
     class_names,
+    three_sides,
 )
 from vlfast.clip.text_tower import TextTower
 
@@ -52,7 +54,7 @@ def make(
         features = tower(context, tokens, per=per, position=position).features
         return distance(features, targets)
 
-    def padded(cut: bool) -> Callable[[], Tensor | Iterator[Tensor]]:
+    def padded(cut: bool) -> Loss:
         its_tower = PaddedTower(model, names, n_ctx, cut=cut)
         if per != "image":
             return lambda: distance(its_tower(context, position), targets)
@@ -80,11 +82,8 @@ def make(
     else:
         before = n_ctx // 2 if position == "middle" else n_ctx
         rows += images * (1 + before) + runs * (n_ctx - before)
-    sides = {OURS: ours, PADDED: padded(cut=False), CUT: padded(cut=True)}
-    if device == "cpu" and classes > MOST_ON_A_CPU:
-        del sides[PADDED]
     return Problem(
-        sides=sides,
+        sides=three_sides(ours, padded, device != "cpu" or classes <= MOST_ON_A_CPU),
         leaves=[context],
         exact=exact,
         flop=flop_of_linear_layers(rows, runs, tower.width, tower.depth),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import open_clip
@@ -12,6 +12,10 @@ from open_clip.tokenizer import SimpleTokenizer
 from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from benchmarks.contest import OURS
+
+Loss = Callable[[], Tensor | Iterator[Tensor]]
 
 PADDED, CUT = "77 tokens", "cut"
 MOST_ON_A_CPU = 600  # classes at 77 tokens: 1000 of them take over 20 GB
@@ -31,6 +35,12 @@ def class_names(classes: int) -> list[str]:
     The first hundred, fish and birds, have longer names than the rest.
     """
     return [IMAGENET_CLASSNAMES[i * len(IMAGENET_CLASSNAMES) // classes] for i in range(classes)]
+
+
+def three_sides(ours: Loss, padded: Callable[[bool], Loss], whole: bool) -> dict[str, Loss]:
+    """Ours, and what ``padded`` makes of whether to cut; the 77 tokens only where ``whole``."""
+    sides = {OURS: ours, PADDED: padded(False), CUT: padded(True)}
+    return sides if whole else {side: sides[side] for side in (OURS, CUT)}
 
 
 class PaddedTower:

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "dispatch.h"
+#include "vectors.h"
 #include "vlfast/inline.h"
 
 // Products of a few short rows, in fp32, of which query q sees the keys up to offset + q. With an
@@ -41,20 +42,6 @@ struct CausalSums {
 };
 
 namespace causal_products {
-
-using Vector16 = float __attribute__((vector_size(16)));
-using Vector32 = float __attribute__((vector_size(32)));
-using Vector64 = float __attribute__((vector_size(64)));
-
-template <typename Vector>
-VLFAST_INLINE void load(const float* from, Vector& to) {
-  std::memcpy(&to, from, sizeof to);
-}
-
-template <typename Vector>
-VLFAST_INLINE void store(const Vector& from, float* to) {
-  std::memcpy(to, &from, sizeof from);
-}
 
 template <typename Vector>
 struct Halves;
@@ -241,36 +228,12 @@ VLFAST_V4 void sum_by_key_v4(const CausalSums& by) { sum<Vector64, 4, 4, true>(b
 }  // namespace causal_products
 
 // scores = queries . keys
-inline void score_keys(const CausalScores& by) {
-#if VLFAST_X86_LEVEL >= 4
-  if (__builtin_cpu_supports("x86-64-v4")) return causal_products::score_v4(by);
-#endif
-#if VLFAST_X86_LEVEL >= 3
-  if (__builtin_cpu_supports("x86-64-v3")) return causal_products::score_v3(by);
-#endif
-  causal_products::score_default(by);
-}
+inline void score_keys(const CausalScores& by) { VLFAST_BEST(causal_products::score)(by); }
 
 // sums += weights . terms
-inline void sum_over_keys(const CausalSums& by) {
-#if VLFAST_X86_LEVEL >= 4
-  if (__builtin_cpu_supports("x86-64-v4")) return causal_products::sum_v4(by);
-#endif
-#if VLFAST_X86_LEVEL >= 3
-  if (__builtin_cpu_supports("x86-64-v3")) return causal_products::sum_v3(by);
-#endif
-  causal_products::sum_default(by);
-}
+inline void sum_over_keys(const CausalSums& by) { VLFAST_BEST(causal_products::sum)(by); }
 
 // sums += weights^T . terms
-inline void sum_over_queries(const CausalSums& by) {
-#if VLFAST_X86_LEVEL >= 4
-  if (__builtin_cpu_supports("x86-64-v4")) return causal_products::sum_by_key_v4(by);
-#endif
-#if VLFAST_X86_LEVEL >= 3
-  if (__builtin_cpu_supports("x86-64-v3")) return causal_products::sum_by_key_v3(by);
-#endif
-  causal_products::sum_by_key_default(by);
-}
+inline void sum_over_queries(const CausalSums& by) { VLFAST_BEST(causal_products::sum_by_key)(by); }
 
 }  // namespace vlfast

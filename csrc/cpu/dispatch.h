@@ -22,3 +22,15 @@
 #define VLFAST_DISPATCH
 #define VLFAST_DISPATCH_TARGETS "default"
 #endif
+
+// Of functions `name`_v4, `name`_v3 and `name`_default, as many as are compiled, the best one here.
+#if VLFAST_X86_LEVEL >= 4
+#define VLFAST_BEST(name)                            \
+  (__builtin_cpu_supports("x86-64-v4")   ? name##_v4 \
+   : __builtin_cpu_supports("x86-64-v3") ? name##_v3 \
+                                         : name##_default)
+#elif VLFAST_X86_LEVEL >= 3
+#define VLFAST_BEST(name) (__builtin_cpu_supports("x86-64-v3") ? name##_v3 : name##_default)
+#else
+#define VLFAST_BEST(name) (name##_default)
+#endif

@@ -11,6 +11,7 @@
 #include "dispatch.h"
 #include "products.h"
 #include "scalar.h"
+#include "scratch.h"
 #include "vlfast/kl_terms.h"
 #include "widen.h"
 
@@ -33,15 +34,6 @@ constexpr std::int64_t kImageBlock = 24;
 // Sums over the classes are taken over blocks of so many, then over the blocks: the rounding errors
 // of a long row stay those of a short one.
 constexpr std::int64_t kSumBlock = 512;
-
-std::int64_t round_up(std::int64_t count, std::int64_t step) {
-  return (count + step - 1) / step * step;
-}
-
-float* at_least(std::vector<float>& scratch, std::int64_t size) {
-  if (scratch.size() < static_cast<std::size_t>(size)) scratch.resize(size);
-  return scratch.data();
-}
 
 void check_labels(const GatedMixture& problem) {
   for (std::int64_t b = 0; b < problem.images; ++b) {

@@ -9,6 +9,7 @@
 #include "causal_products.h"
 #include "dispatch.h"
 #include "scalar.h"
+#include "scratch.h"
 
 namespace vlfast {
 namespace {
@@ -28,15 +29,6 @@ constexpr std::int64_t kGroupRows = 32;
 
 // Rows of scores are padded to a multiple of so many.
 constexpr std::int64_t kScoreStep = 16;
-
-std::int64_t round_up(std::int64_t count, std::int64_t step) {
-  return (count + step - 1) / step * step;
-}
-
-float* at_least(std::vector<float>& scratch, std::int64_t size) {
-  if (scratch.size() < static_cast<std::size_t>(size)) scratch.resize(size);
-  return scratch.data();
-}
 
 // Rows of one run, which begins at `start`.
 struct Segment {
@@ -180,7 +172,7 @@ VLFAST_ROWS_OF(Float16)
 
 // Rows of scores are short: what counts is that a sum ends in a few vector operations, where a
 // reduction of OpenMP goes from lane to lane.
-using Lanes = causal_products::Vector64;
+using Lanes = Vector64;
 static_assert(sizeof(Lanes) == kScoreStep * sizeof(float));
 
 // Scores to weights, in place: those of row r are the first `count` + r, and the rest of its
@@ -195,7 +187,7 @@ VLFAST_DISPATCH void softmax_rows(float* __restrict scores, std::int64_t stride,
       const auto left = static_cast<std::int32_t>(count - k);
       for (std::int32_t l = 0; l < kScoreStep; ++l)
         scores[k + l] = l < left ? scores[k + l] : kLowest;
-      causal_products::load(scores + k, some);
+      load(scores + k, some);
       lanes = lanes < some ? some : lanes;
     }
     const float top = causal_products::largest(lanes);
@@ -203,7 +195,7 @@ VLFAST_DISPATCH void softmax_rows(float* __restrict scores, std::int64_t stride,
     for (std::int64_t k = 0; k < stride; k += kScoreStep) {
       for (std::int64_t l = 0; l < kScoreStep; ++l)
         scores[k + l] = exp_negative(scores[k + l] - top);
-      causal_products::load(scores + k, some);
+      load(scores + k, some);
       lanes += some;
     }
     const float sum = causal_products::total(lanes);
@@ -222,8 +214,8 @@ VLFAST_DISPATCH void through_softmax(const float* __restrict weights, float* __r
       const auto left = static_cast<std::int32_t>(count - k);
       for (std::int32_t l = 0; l < kScoreStep; ++l)
         gradients[k + l] = l < left ? gradients[k + l] : 0;
-      causal_products::load(gradients + k, some);
-      causal_products::load(weights + k, of_some);
+      load(gradients + k, some);
+      load(weights + k, of_some);
       lanes += of_some * some;
     }
     const float mean = causal_products::total(lanes);

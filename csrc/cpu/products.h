@@ -2,9 +2,9 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 
 #include "dispatch.h"
+#include "vectors.h"
 #include "vlfast/inline.h"
 
 // Matrix products of a few rows ("queries") with many ("words"), in fp32. The words are read where
@@ -39,8 +39,6 @@ struct Sums {
 
 namespace products {
 
-using Vector16 = float __attribute__((vector_size(16)));
-
 // So much of the width at a time that 32 lanes of queries (64 KB) stay in the L2 cache beside the
 // words. Smaller ones, which fit the L1 cache, measure slower.
 constexpr std::int64_t kDepth = 512;
@@ -49,16 +47,6 @@ constexpr std::int64_t kCacheLine = 16;  // floats
 // Sums are taken over so many terms, then over those: long ones keep the rounding errors of short
 // ones.
 constexpr std::int64_t kPartialSum = 128;
-
-template <typename Vector>
-VLFAST_INLINE void load(const float* from, Vector& to) {
-  std::memcpy(&to, from, sizeof to);
-}
-
-template <typename Vector>
-VLFAST_INLINE void store(const Vector& from, float* to) {
-  std::memcpy(to, &from, sizeof from);
-}
 
 template <typename Vector, int kWords, int kVectors>
 VLFAST_INLINE void score_tile(const Scores& by, std::int64_t word, std::int64_t lane,
@@ -190,8 +178,6 @@ inline void score_default(const Scores& by) { score<Vector16, 5, 2, Vector16>(by
 inline void sum_default(const Sums& by) { sum<Vector16, 4, 2>(by); }
 
 #if VLFAST_X86_LEVEL >= 3
-using Vector32 = float __attribute__((vector_size(32)));
-
 __attribute__((target("arch=x86-64-v3"))) inline void score_v3(const Scores& by) {
   score<Vector32, 6, 2, Vector32>(by);
 }
@@ -201,8 +187,6 @@ __attribute__((target("arch=x86-64-v3"))) inline void sum_v3(const Sums& by) {
 #endif
 
 #if VLFAST_X86_LEVEL >= 4
-using Vector64 = float __attribute__((vector_size(64)));
-
 __attribute__((target("arch=x86-64-v4"))) inline void score_v4(const Scores& by) {
   score<Vector64, 12, 2, Vector32>(by);
 }
@@ -214,25 +198,9 @@ __attribute__((target("arch=x86-64-v4"))) inline void sum_v4(const Sums& by) {
 }  // namespace products
 
 // scores = words . queries. Fastest with 32 lanes, and a count that is a multiple of 12.
-inline void score_words(const Scores& by) {
-#if VLFAST_X86_LEVEL >= 4
-  if (__builtin_cpu_supports("x86-64-v4")) return products::score_v4(by);
-#endif
-#if VLFAST_X86_LEVEL >= 3
-  if (__builtin_cpu_supports("x86-64-v3")) return products::score_v3(by);
-#endif
-  products::score_default(by);
-}
+inline void score_words(const Scores& by) { VLFAST_BEST(products::score)(by); }
 
 // sums += weights^T . words. Fastest with rows in multiples of 8, and words in the L2 cache.
-inline void sum_words(const Sums& by) {
-#if VLFAST_X86_LEVEL >= 4
-  if (__builtin_cpu_supports("x86-64-v4")) return products::sum_v4(by);
-#endif
-#if VLFAST_X86_LEVEL >= 3
-  if (__builtin_cpu_supports("x86-64-v3")) return products::sum_v3(by);
-#endif
-  products::sum_default(by);
-}
+inline void sum_words(const Sums& by) { VLFAST_BEST(products::sum)(by); }
 
 }  // namespace vlfast

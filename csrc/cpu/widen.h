@@ -6,6 +6,7 @@
 
 #include "dispatch.h"
 #include "scalar.h"
+#include "scratch.h"
 
 // Rows of half precision in fp32. Each source that includes it has these functions to itself, since
 // functions compiled for several instruction sets can't be inline.
@@ -27,9 +28,9 @@ const float* in_float(const T* row, std::int64_t size, std::vector<float>& scrat
   if constexpr (std::is_same_v<T, float>) {
     return row;
   } else {
-    if (scratch.size() < static_cast<std::size_t>(size)) scratch.resize(size);
-    widen_row(row, size, scratch.data());
-    return scratch.data();
+    float* const widened = at_least(scratch, size);
+    widen_row(row, size, widened);
+    return widened;
   }
 }
 

@@ -62,7 +62,7 @@ def assert_same_block(text, layer=1, dtype=F32, length=7, units=10):
 def test_blocks_of_open_clip(model):
     text = TextModel.of(model)
     assert text.why_padded() is None
-    assert (text.width, text.depth, text.heads, text.context_length) == (32, 3, 2, 24)
+    assert (text.width, text.depth, text.context_length) == (32, 3, 24)
     assert (text.dtype, text.device) == (F32, torch.device("cpu"))
     for layer in range(text.depth):
         assert_same_block(text, layer)

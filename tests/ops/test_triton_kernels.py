@@ -527,6 +527,15 @@ def resources(kernel):
     return {name: int(value) for name, value in pairs}
 
 
+def check_machine_code(name, kernel):
+    """It is there, spills no register, and leaves room in the shared memory for more blocks."""
+    assert kernel.asm["cubin"].startswith(b"\x7fELF"), name
+    used = resources(kernel)
+    assert 0 < used["REG"] < 255, name
+    assert used["STACK"] == used["LOCAL"] == 0, name
+    assert kernel.metadata.shared <= 48 * 1024, name
+
+
 @needs_compiler
 @pytest.mark.parametrize("arch", [80, 90])
 class TestMachineCode:
@@ -551,11 +560,7 @@ class TestMachineCode:
             "compare_with_student",
         ]
         for name, kernel in results.items():
-            assert kernel.asm["cubin"].startswith(b"\x7fELF"), name
-            used = resources(kernel)
-            assert 0 < used["REG"] < 255, name
-            assert used["STACK"] == used["LOCAL"] == 0, name
-            assert kernel.metadata.shared <= 48 * 1024, name
+            check_machine_code(name, kernel)
         halves = dtypes[0] == dtypes[2] != F32
         assert ("mma" in results["multiply_selected"].asm["ptx"]) == halves
 
@@ -596,9 +601,5 @@ class TestMachineCode:
         )
         assert list(results)[1:] == ["differentiate", "add_sums"][: 1 + (len(prefixes) == 1)]
         for name, kernel in results.items():
-            assert kernel.asm["cubin"].startswith(b"\x7fELF"), name
-            used = resources(kernel)
-            assert 0 < used["REG"] < 255, name
-            assert used["STACK"] == used["LOCAL"] == 0, name
-            assert kernel.metadata.shared <= 48 * 1024, name
+            check_machine_code(name, kernel)
             assert ("mma" in kernel.asm["ptx"]) == (dtype != F32 and name != "add_sums"), name

@@ -141,7 +141,7 @@ class _Prompts:
             if context is None:
                 return TextOutput(text.encode(ids), None)
             embedding = _Vectors(self._vectors(start, stop), places)
-            hooks.enter_context(text.input_embedding.register_forward_hook(embedding.in_output))
+            hooks.enter_context(text.token_embedding.register_forward_hook(embedding.in_output))
             replaced = [embedding]
             for block, vectors in zip(list(text.blocks)[1:], self.deep, strict=False):
                 sequence = 1 if text.batch_first else 0

@@ -93,11 +93,6 @@ class TextModel:
         return len(self.blocks)
 
     @property
-    def heads(self) -> int:
-        """Of the first block; a tower that serves only whole sequences need not tell."""
-        return self.blocks[0].attn.num_heads
-
-    @property
     def dtype(self) -> torch.dtype:
         """The dtype the blocks compute in (half-precision checkpoints keep it in their linears)."""
         weights = (p for block in self.blocks for p in block.parameters() if p.ndim == 2)
@@ -108,11 +103,6 @@ class TextModel:
     @property
     def device(self) -> torch.device:
         return self.token_embedding.weight.device
-
-    @property
-    def input_embedding(self) -> nn.Module:
-        """The module whose output is the token embeddings of whole sequences, [C, L, d]."""
-        return self.token_embedding
 
     def encode(self, ids: Tensor) -> Tensor:
         """Features [C, D], not normalised, of whole sequences [C, L], by the model itself."""
@@ -147,15 +137,10 @@ class TextModel:
 
     def pool(self, x: Tensor) -> Tensor:
         """Rows [R, d] at EOT, after the last block, to the joint space: [R, D]."""
-        return self.project(self.ln_final(x))
-
-    def project(self, x: Tensor) -> Tensor:
-        """Hidden states [..., d] after ``ln_final`` to the joint space [..., D]."""
-        if self.text_projection is None:
+        x, projection = self.ln_final(x), self.text_projection
+        if projection is None:
             return x
-        if isinstance(self.text_projection, nn.Module):
-            return self.text_projection(x)
-        return x @ self.text_projection
+        return projection(x) if isinstance(projection, nn.Module) else x @ projection
 
     def modules(self) -> list[nn.Module]:
         """Those that text features come from, as they are at this moment, at least."""

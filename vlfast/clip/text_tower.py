@@ -135,8 +135,7 @@ class TextTower:
         """
         deep = [] if deep is None else list(deep)
         self._check(context, tokens, per, position, deep, index)
-        keeps = not (torch.compiler.is_compiling() or self._learns_weights())
-        if context is None and keeps:
+        if context is None and not (torch.compiler.is_compiling() or self._learns_weights()):
             features = self._features_of_hard_prompt(tokens)
             if index is not None:
                 features = features[index.to(features.device, non_blocking=True)]

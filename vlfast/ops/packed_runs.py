@@ -61,12 +61,12 @@ class PackedRuns:
         rows = torch.stack([starts, ends, prefix_starts, prefix_ends])
         rows = rows.repeat_interleave(lengths, dim=1)
         return cls(
-            offsets=offsets.to(torch.int32).to(device, non_blocking=True),
-            rows=rows.to(torch.int32).to(device, non_blocking=True),
+            offsets=offsets.to(torch.int32),
+            rows=rows.to(torch.int32),
             prefixes=prefixes,
             longest_prefix=int(of_prefix.max()) if prefixes else 0,
             longest=int(of_suffix.max()) if suffixes else 0,
-        )
+        ).to(device)
 
     def __len__(self) -> int:
         """R, the number of runs."""

@@ -234,21 +234,21 @@ def prefix_attention(qkv: Tensor, runs: PackedRuns, scale: float) -> Tensor:
     qkv: [M, 3, H, E], the queries, keys and values of M tokens. Runs are padded to the longest, and
     what is not there is masked.
     """
-    dtype = accumulation_dtype(qkv)
+    wide = qkv.to(accumulation_dtype(qkv))
     prefixes, suffixes = runs.prefixes, len(runs) - runs.prefixes
     of_prefix, of_suffix = (
         _PaddedRuns.of(runs, 0, prefixes, runs.longest_prefix),
         _PaddedRuns.of(runs, prefixes, suffixes, runs.longest),
     )
     with without_autocast(qkv):
-        query, key, value = of_prefix.gather(qkv.to(dtype))
+        query, key, value = of_prefix.gather(wide)
         scores = torch.einsum("nqhe,nkhe->nhqk", query, key) * scale
         weights = scores.masked_fill(~of_prefix.causal()[:, None], -torch.inf).softmax(-1)
         attended = [torch.einsum("nhqk,nkhe->nqhe", weights, value).flatten(0, 1)]
 
         # [prefixes, suffixes of each, longest, H, E], beside [prefixes, longest_prefix, H, E]
         shape = (prefixes, -1) if prefixes else (suffixes, 1)
-        query, own_key, own_value = (x.unflatten(0, shape) for x in of_suffix.gather(qkv.to(dtype)))
+        query, own_key, own_value = (x.unflatten(0, shape) for x in of_suffix.gather(wide))
         own = torch.einsum("nrqhe,nrkhe->nrhqk", query, own_key) * scale
         own = own.masked_fill(~of_suffix.causal().unflatten(0, shape)[:, :, None], -torch.inf)
         if prefixes:
