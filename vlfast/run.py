@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from vlfast.clip.models import ClipModel, load_clip
 from vlfast.data.catalog import load_dataset
@@ -23,15 +24,17 @@ from vlfast.data.folder import open_image
 from vlfast.data.views import image_batch
 from vlfast.errors import UnknownNameError, VlfastError
 from vlfast.evaluation.protocols import evaluate_dataset
-from vlfast.objectives import build_objectives
+from vlfast.objectives import Objective, Task, build_objectives
 from vlfast.ops.backends import reference_only
 from vlfast.prompts import HardPrompt, Prompts, build_prompts
-from vlfast.trainers.classifier import TEST_BATCH, PromptedClassifier, view_config
+from vlfast.prompts.classifier import PromptedClassifier
 from vlfast.trainers.config import Config, expand_shorthand, nest_options
 from vlfast.trainers.device import make_accelerator, resolve_device
 from vlfast.trainers.fit import fit_prompts
+from vlfast.trainers.images import TEST_BATCH, view_config
 from vlfast.trainers.recipes import resolve_config
-from vlfast.trainers.run_folder import CHECKPOINTS, RunFolder, load_learnable
+from vlfast.trainers.run_folder import CHECKPOINTS, RunFolder, load_learned
+from vlfast.trainers.teacher import ModelTeacher
 from vlfast.version import __version__
 
 
@@ -121,7 +124,7 @@ class Run:
                 for image in images[start : start + TEST_BATCH]
             ]
             batch = image_batch(opened, view_config(clip)).to(clip.device)
-            probabilities = classifier.predict(clip.encode_images(batch)).softmax(dim=1)
+            probabilities = classifier.predict(_features(classifier, batch)).softmax(dim=1)
             best = probabilities.topk(min(top_k, len(names)), dim=1)
             predictions += [
                 Prediction(tuple(names[i] for i in indices), tuple(values))
@@ -223,7 +226,8 @@ def train(
     if config.data.shots and config.recipe.epochs:
         drawn = drawn.few_shot(config.data.shots, config.seed)
     fingerprint = drawn.fingerprint()
-    drawn = drawn.restrict(config.data.classes)
+    if not config.data.unlabelled:
+        drawn = drawn.restrict(config.data.classes)
 
     torch.manual_seed(config.seed)
     prompts = _build_prompts(config, clip, drawn.num_classes)
@@ -232,15 +236,22 @@ def train(
     config.prompts.n_ctx = None if vectors is None else vectors.shape[-2]
     classifier.tokens.check_fits(config.prompts.n_ctx or 0, clip.text_tower.context_length)
     objectives = build_objectives(config.objectives)
-    for objective in objectives:
-        objective.check(clip, prompts)
+    task = Task(
+        classifier,
+        dataset.name,
+        teacher=_load_teacher(config, clip, drawn.classnames, dataset.template),
+        labelled=not config.data.unlabelled,
+    )
+    _check_task(task, objectives)
 
     if not resume and accelerator.is_main_process:
         folder.start(config)
     accelerator.wait_for_everyone()
     with reference_only() if config.reference else nullcontext():
+        for objective in objectives:
+            objective.prepare(task)
         fitted = fit_prompts(
-            classifier,
+            task,
             objectives,
             drawn,
             config,
@@ -320,7 +331,8 @@ def load(
             f"got {clip.name} ({clip.pretrained})"
         )
     prompts = _build_prompts(config, clip, len(about["classnames"]))
-    load_learnable(prompts, tensors, folder.path / f"{checkpoint}.safetensors")
+    own = {name: t for name, t in tensors.items() if not name.startswith("objectives.")}
+    load_learned(prompts.state_dict(), own, folder.path / f"{checkpoint}.safetensors")
     classifier = PromptedClassifier(clip, prompts, about["classnames"], about["template"])
     return Run(config, classifier, folder)
 
@@ -365,8 +377,41 @@ def _load_recorded_dataset(config: Config) -> Dataset:
         ) from error
 
 
+def _load_teacher(
+    config: Config, student: ClipModel, classnames: Sequence[str], template: str
+) -> ModelTeacher | None:
+    options = config.teacher
+    if options.name is None:
+        return None
+    clip = load_clip(options.name, options.pretrained, device=student.device)
+    classifier = PromptedClassifier(clip, HardPrompt(), classnames, options.template or template)
+    return ModelTeacher(classifier, student, calibration=options.calibration)
+
+
+def _check_task(task: Task, objectives: Sequence[Objective]) -> None:
+    for objective in objectives:
+        if objective.needs_teacher and task.teacher is None:
+            raise VlfastError(
+                f"teacher: the {objective.kind} objective needs one: --teacher NAME, a model, or "
+                "--teacher.run DIR, a run"
+            )
+        if objective.needs_labels and not task.labelled:
+            raise VlfastError(
+                f"data.unlabelled: the {objective.kind} objective needs labels; learn from a "
+                "teacher instead (--objective teacher)"
+            )
+        objective.check(task)
+
+
+@torch.no_grad()
+def _features(classifier: PromptedClassifier, pixels: Tensor) -> Tensor:
+    return classifier.encode_images(pixels)
+
+
 def _build_prompts(config: Config, clip: ClipModel, num_classes: int) -> Prompts:
     options = asdict(config.prompts)
+    for of_student in ("projector", "class_features"):
+        options.pop(of_student)
     return build_prompts(options.pop("kind"), clip, num_classes=num_classes, **options).to(
         clip.device
     )

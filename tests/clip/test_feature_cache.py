@@ -11,7 +11,7 @@ from vlfast.clip.feature_cache import FeatureCache
 from vlfast.clip.models import wrap_clip
 from vlfast.clip.text_tower import TextTower
 from vlfast.prompts import build_prompts
-from vlfast.trainers.classifier import PromptedClassifier
+from vlfast.prompts.classifier import PromptedClassifier
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from vlfast.evaluation.metrics import harmonic_mean, score
 from vlfast.evaluation.protocols import evaluate_dataset
 from vlfast.evaluation.tables import accuracy_table
 from vlfast.prompts import build_prompts
-from vlfast.trainers.classifier import PromptedClassifier, encode_split
+from vlfast.prompts.classifier import PromptedClassifier
+from vlfast.trainers.images import encode_split
 
 
 def test_accuracy_and_macro_f1_by_hand():
@@ -53,7 +54,7 @@ def test_base_to_new_tests_each_half_as_a_closed_set(classifier):
     assert set(result["domains"]) == {"noisy"}
     for part in ("base", "new"):
         half = data.restrict(part)
-        features, labels = encode_split(classifier.clip, half.test)
+        features, labels = encode_split(classifier, half.test)
         logits = classifier.for_classes(half.classnames).predict(features)
         assert result[part]["accuracy"] == pytest.approx(score(logits, labels).accuracy)
         assert result[part]["images"] == len(half.test)
@@ -85,7 +86,7 @@ def test_class_specific_contexts_have_no_new_half(tiny_clip):
 
 def test_features_of_a_split_are_in_its_order(classifier):
     data = squares_dataset()
-    features, labels = encode_split(classifier.clip, data.test)
+    features, labels = encode_split(classifier, data.test)
     assert labels.tolist() == data.test.labels.tolist()
     reverse = data.test.at(list(range(len(data.test)))[::-1])
-    torch.testing.assert_close(encode_split(classifier.clip, reverse)[0].flip(0), features)
+    torch.testing.assert_close(encode_split(classifier, reverse)[0].flip(0), features)

@@ -6,13 +6,14 @@ from torch.nn import functional
 
 from vlfast.clip.models import wrap_clip
 from vlfast.errors import UnknownNameError, VlfastError
-from vlfast.objectives import Step, build_objectives, complete
+from vlfast.objectives import Batch, Step, Task, build_objectives, complete
 from vlfast.objectives.perplexity import Perplexity
 from vlfast.prompts import build_prompts
-from vlfast.trainers.classifier import PromptedClassifier
+from vlfast.prompts.classifier import PromptedClassifier
 from vlfast.trainers.fit import TrainingStep
 
 NAMES = ("cat", "yellow school bus", "hen")
+LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
 
 
 def classifier(clip, kind="shared", **options):
@@ -24,10 +25,7 @@ def classifier(clip, kind="shared", **options):
 
 def step_of(model) -> Step:
     torch.manual_seed(1)
-    images = functional.normalize(torch.randn(6, 32), dim=1)
-    text = model.encode_text()
-    logits = model.logits(images, text.features)
-    return Step(model.clip, model.prompts, images, text, logits, torch.tensor([0, 1, 2, 0, 1, 2]))
+    return Step(Task(model, "letters"), Batch(LABELS, frozen=torch.randn(6, 32)))
 
 
 def test_labels_are_cross_entropy(tiny_clip):
@@ -56,15 +54,14 @@ def test_perplexity_of_words_under_the_tied_head(tiny_clip):
 
 def test_weight_zero_is_coop_to_the_bit(tiny_clip):
     """Sanity test (c) of PLPP."""
-    images = torch.randn(6, 3, 32, 32)
-    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    batch = Batch(LABELS, frozen=torch.randn(6, 32))
     gradients = []
     for specs in (
         [{"kind": "labels"}],
         [{"kind": "labels"}, {"kind": "perplexity", "weight": 0.0}],
     ):
         model = classifier(tiny_clip)
-        loss, _ = TrainingStep(model, build_objectives(specs))(images, labels)
+        loss, _ = TrainingStep(Task(model, "letters"), build_objectives(specs))(batch)
         loss.backward()
         gradients.append(model.prompts.context.grad)
     assert torch.equal(*gradients)
@@ -117,13 +114,13 @@ def test_only_known_words_count(tiny_model):
     expected = -(cosines.softmax(dim=1) * log_p).sum(dim=1).mean()
     torch.testing.assert_close(terms["perplexity"], expected, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="top_k=51, expected 1 to 50"):
-        Perplexity(top_k=51).check(clip, prompts)
+        Perplexity(top_k=51).check(Task(model, "letters"))
 
 
 def test_perplexity_refuses_prompts_without_context(tiny_clip):
     model = classifier(tiny_clip, "hard")
     with pytest.raises(ValueError, match="'hard' prompts have none"):
-        Perplexity().check(tiny_clip, model.prompts)
+        Perplexity().check(Task(model, "letters"))
 
 
 def test_config_is_completed():

@@ -5,7 +5,7 @@ import torch
 
 from vlfast.errors import UnknownNameError
 from vlfast.prompts import build_prompts
-from vlfast.trainers.classifier import PromptedClassifier
+from vlfast.prompts.classifier import PromptedClassifier
 
 NAMES = ("cat", "yellow school bus", "hen")
 

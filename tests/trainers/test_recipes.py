@@ -23,6 +23,10 @@ def test_coop_few_shot_is_the_papers():
         "warmup_epochs": 1,
         "warmup_lr": 1e-5,
         "clip_grad_norm": None,
+        "projection": None,
+        "average_mean": None,
+        "average_std": None,
+        "setting": "auto",
     }
     assert [o["kind"] for o in config.objectives] == ["labels"]
 

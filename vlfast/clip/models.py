@@ -55,12 +55,12 @@ class ClipModel:
         return self.model.logit_scale.detach().exp().reshape(())
 
     @torch.no_grad()
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Normalised features [B, D] of preprocessed images [B, 3, S, S], without autograd."""
+    def encode_images(self, images: Tensor, *, normalize: bool = True) -> Tensor:
+        """Features [B, D], fp32, of preprocessed images [B, 3, S, S], without autograd."""
         # Half-precision checkpoints keep fp32 in their layer norms: the matrices tell.
         weights = next(p for p in self.model.visual.parameters() if p.ndim > 1)
-        features = self.model.encode_image(images.to(weights.dtype))
-        return functional.normalize(features.float(), dim=-1)
+        features = self.model.encode_image(images.to(weights.dtype)).float()
+        return functional.normalize(features, dim=-1) if normalize else features
 
     def unknown_words(self, text: str) -> list[str]:
         """The tokens of ``text``, as words, whose embeddings were never trained."""

@@ -7,7 +7,8 @@ from typing import Any
 
 from vlfast.data.dataset import ClassSubset, Dataset
 from vlfast.evaluation.metrics import harmonic_mean, score
-from vlfast.trainers.classifier import PromptedClassifier, encode_split
+from vlfast.prompts.classifier import PromptedClassifier
+from vlfast.trainers.images import encode_split
 
 
 def evaluate_dataset(
@@ -28,12 +29,11 @@ def evaluate_dataset(
     for part in _parts(classifier, dataset, classes):
         half = dataset.restrict(part)
         named = classifier.for_classes(half.classnames)
-        class_features = named.class_features()
         for domain, split_name in tests.items():
             split = half.splits()[split_name]
             if len(split):
-                features, labels = encode_split(classifier.clip, split, workers=workers)
-                found = score(named.logits(features, class_features), labels)
+                features, labels = encode_split(classifier, split, workers=workers)
+                found = score(named.predict(features), labels)
                 scores[domain][part] = asdict(found)
     results = {domain: _arrange(of_parts, classes) for domain, of_parts in scores.items()}
     main = results.pop("")

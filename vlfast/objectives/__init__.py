@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from vlfast.errors import VlfastError, unknown_name
-from vlfast.objectives.base import Objective, Step
+from vlfast.objectives.base import Batch, Objective, Step, Task, Teacher
 from vlfast.objectives.labels import Labels
 from vlfast.objectives.perplexity import Perplexity
 
 KINDS: dict[str, type[Objective]] = {o.kind: o for o in (Labels, Perplexity)}
 
-__all__ = ["KINDS", "Objective", "Step", "build_objectives", "complete"]
+__all__ = [
+    "KINDS",
+    "Batch",
+    "Objective",
+    "Step",
+    "Task",
+    "Teacher",
+    "build_objectives",
+    "complete",
+]
 
 
 def complete(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,16 +38,19 @@ def complete(spec: Mapping[str, Any]) -> dict[str, Any]:
     kind = spec["kind"]
     if kind not in KINDS:
         raise unknown_name("objective", kind, KINDS)
+    init = KINDS[kind].__init__
+    types = get_type_hints(init)
     options = {
         name: parameter.default
-        for name, parameter in inspect.signature(KINDS[kind]).parameters.items()
+        for name, parameter in inspect.signature(init).parameters.items()
+        if name != "self"
     }
     for name, value in spec.items():
         if name == "kind":
             continue
         if name not in options:
             raise unknown_name(f"option of the {kind} objective", name, options)
-        options[name] = _like(options[name], value, f"objectives: {kind} {name}")
+        options[name] = _as_type(types[name], value, f"objectives: {kind} {name}")
     return {"kind": kind, **options}
 
 
@@ -52,10 +65,20 @@ def build_objectives(specs: Sequence[Mapping[str, Any]]) -> list[Objective]:
     return built
 
 
-def _like(default: Any, value: Any, what: str) -> Any:
-    """``value`` as the type of ``default``; an int serves for a float."""
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+def _as_type(wanted: Any, value: Any, what: str) -> Any:
+    """``value`` if it is of the type ``wanted``, a class, a Literal or a union of them; an int
+    serves for a float."""
+    parts = get_args(wanted) if get_origin(wanted) in (Union, UnionType) else (wanted,)
+    named = []
+    for part in parts:
+        if get_origin(part) is Literal:
+            if value in get_args(part):
+                return value
+            named += map(repr, get_args(part))
+        elif type(value) is part:
+            return value
+        else:
+            named.append(part.__name__ if part is not type(None) else "None")
+    if float in parts and type(value) is int:
         return float(value)
-    if type(value) is not type(default):
-        raise VlfastError(f"{what}: expected {type(default).__name__}, got {value!r}")
-    return value
+    raise VlfastError(f"{what}: expected {' or '.join(named)}, got {value!r}")

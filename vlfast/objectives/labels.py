@@ -12,6 +12,7 @@ class Labels(Objective):
     """Cross-entropy of the logits with the labels, batch mean."""
 
     kind = "labels"
+    needs_labels = True
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         return {"labels": functional.cross_entropy(step.logits, step.labels)}

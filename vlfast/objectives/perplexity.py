@@ -9,9 +9,8 @@ from torch import Tensor
 
 from vlfast.clip.models import ClipModel
 from vlfast.errors import VlfastError
-from vlfast.objectives.base import Objective, Step
+from vlfast.objectives.base import Objective, Step, Task
 from vlfast.ops import plpp_terms
-from vlfast.prompts.base import Prompts
 
 
 class Perplexity(Objective):
@@ -52,7 +51,8 @@ class Perplexity(Objective):
         self.detach_targets = detach_targets
         self._frozen: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def check(self, clip: ClipModel, prompts: Prompts) -> None:
+    def check(self, task: Task) -> None:
+        clip, prompts = task.clip, task.prompts
         if prompts.context_vectors() is None:
             raise ValueError(
                 f"objectives: perplexity needs context vectors in the text tower's input, "
@@ -67,7 +67,8 @@ class Perplexity(Objective):
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         embedding, inverse_norms, known = self._frozen_inputs(step.clip)
-        vectors, states = step.prompts.context_vectors(), step.text.context_states
+        states = step.text.context_states
+        vectors = step.prompts.context_vectors(step.images if step.prompts.per_image else None)
         if vectors.ndim < states.ndim:
             vectors = vectors.expand_as(states)
         perplexity, inverted = plpp_terms(

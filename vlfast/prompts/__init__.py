@@ -22,6 +22,9 @@ def build_prompts(
     n_ctx: int | None = 16,
     init: str | None = None,
     position: Position = "end",
+    depth: int = 1,
+    n_visual: int | None = None,
+    visual_depth: int | None = None,
 ) -> Prompts:
     """Prompts of this kind for ``num_classes`` classes. Options that a kind has no use for are
     ignored. Raises UnknownNameError for an unknown kind, ValueError for options that do not fit."""

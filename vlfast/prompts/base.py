@@ -10,15 +10,19 @@ from vlfast.clip.tokens import PromptTokens
 
 
 class Prompts(nn.Module):
-    """Where learnable tokens live, and how class features come of them.
+    """Where learnable tokens live, and how class and image features come of them.
 
     Subclasses set ``kind``, hold their learnable tensors as fp32 parameters, and implement
-    ``encode``. They keep no reference to the CLIP. ``class_bound`` says that they know only the
-    classes they were made for.
+    ``encode``; those with prompts in the image tower ``encode_images`` too. They keep no reference
+    to the CLIP. ``class_bound`` says that they know only the classes they were made for,
+    ``per_image`` that the class features depend on the image, ``learns_images`` that the image
+    features depend on what is learned.
     """
 
     kind: str
     class_bound = False
+    per_image = False
+    learns_images = False
 
     def tokenize(self, clip: ClipModel, classnames: tuple[str, ...], template: str) -> PromptTokens:
         """Lay out class names; ``template`` is the dataset's own, with ``{}`` for the name."""
@@ -29,15 +33,28 @@ class Prompts(nn.Module):
         clip: ClipModel,
         tokens: PromptTokens,
         index: Tensor | None = None,
+        images: Tensor | None = None,
     ) -> TextOutput:
-        """Class features [C, D], differentiable to the learnable tensors; not normalised.
+        """Class features [C, D], or [B, C, D] where ``per_image``, differentiable to the learnable
+        tensors; not normalised.
 
-        index: int64 [K], encode only these classes.
+        index: int64 [K], encode only these classes. images: normalised features [B, D]; needed
+        where ``per_image``.
         """
         raise NotImplementedError
 
-    def context_vectors(self) -> Tensor | None:
-        """The learned vectors that live in the token embedding's space: [n, d] or [C, n, d],
-        or None if there are none. Objectives on words (perplexity) and the nearest-word display
-        read them."""
+    def encode_images(
+        self, clip: ClipModel, pixels: Tensor | None, frozen: Tensor | None = None
+    ) -> Tensor:
+        """Image features [B, D], not normalised.
+
+        pixels: preprocessed images [B, 3, S, S]. frozen: the features of the frozen image tower,
+        not normalised, where they are known.
+        """
+        return clip.encode_images(pixels, normalize=False) if frozen is None else frozen
+
+    def context_vectors(self, images: Tensor | None = None) -> Tensor | None:
+        """The learned vectors that live in the token embedding's space: [n, d], [C, n, d], or, with
+        ``images`` (normalised features [B, D]) where ``per_image``, [B, n, d]; None if there are
+        none. Objectives on words (perplexity) and the nearest-word display read them."""
         return None

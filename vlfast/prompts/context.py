@@ -59,11 +59,15 @@ class SharedContext(Prompts):
         self.context = nn.Parameter(initial_context(clip, n_ctx, init))
 
     def encode(
-        self, clip: ClipModel, tokens: PromptTokens, index: Tensor | None = None
+        self,
+        clip: ClipModel,
+        tokens: PromptTokens,
+        index: Tensor | None = None,
+        images: Tensor | None = None,
     ) -> TextOutput:
         return clip.text_tower(self.context, tokens, per="all", position=self.position, index=index)
 
-    def context_vectors(self) -> Tensor:
+    def context_vectors(self, images: Tensor | None = None) -> Tensor:
         return self.context
 
 
@@ -98,11 +102,15 @@ class ClassContext(Prompts):
         )
 
     def encode(
-        self, clip: ClipModel, tokens: PromptTokens, index: Tensor | None = None
+        self,
+        clip: ClipModel,
+        tokens: PromptTokens,
+        index: Tensor | None = None,
+        images: Tensor | None = None,
     ) -> TextOutput:
         return clip.text_tower(
             self.context, tokens, per="class", position=self.position, index=index
         )
 
-    def context_vectors(self) -> Tensor:
+    def context_vectors(self, images: Tensor | None = None) -> Tensor:
         return self.context

@@ -21,6 +21,10 @@ class HardPrompt(Prompts):
 
     @torch.no_grad()
     def encode(
-        self, clip: ClipModel, tokens: PromptTokens, index: Tensor | None = None
+        self,
+        clip: ClipModel,
+        tokens: PromptTokens,
+        index: Tensor | None = None,
+        images: Tensor | None = None,
     ) -> TextOutput:
         return clip.text_tower(None, tokens, index=index)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 Precision = Literal["fp32", "bf16", "fp16"]
+Setting = Literal["auto", "few-shot", "base-to-new", "cross-dataset"]
 
 
 @dataclass
@@ -47,6 +48,14 @@ class DataConfig:
         classes: All classes, the base half or the new half.
         template: The text of hard prompts, with one {}; the dataset's own by default.
         augment: Random views of the training images; False trains on the test views.
+        views: Random views an image; epoch e takes number 1 + (e - 1) % views. By default every
+            epoch draws new ones.
+        features: A folder that `vlfast features` wrote: train from the stored features of the
+            frozen models instead of computing them in every step.
+        unlabelled: Train on the images of all classes, whatever `classes` says, without labels.
+        dictionary: A file of class names, one a line, to learn from instead of the dataset's
+            (class-agnostic KDPL): in each step those that the teacher finds most probable.
+        top_classes: How many of the dictionary's names a step learns from.
         workers: Processes that load images; by default as many as help.
     """
 
@@ -56,6 +65,11 @@ class DataConfig:
     classes: ClassSubset = "all"
     template: str | None = None
     augment: bool = True
+    views: int | None = None
+    features: str | None = None
+    unlabelled: bool = False
+    dictionary: str | None = None
+    top_classes: int = 1000
     workers: int | None = None
 
 
@@ -64,16 +78,49 @@ class PromptsConfig:
     """Where learnable tokens live.
 
     Attributes:
-        kind: hard, shared or class_specific.
-        n_ctx: Context tokens; by default as many as init has.
+        kind: hard, shared, class_specific, conditional, visual, independent, coupled or finetune.
+        n_ctx: Context tokens in the text tower; by default as many as init has.
         init: Words to start from; "auto" takes the dataset's; nothing draws at random.
         position: Where the class name stands in the context.
+        depth: Blocks of the text tower that get context of their own, the input being the first.
+        n_visual: Tokens in the image tower.
+        visual_depth: Blocks of the image tower that get tokens of their own.
+        projector: Layers of a learned projector from the image features to the teacher's; by
+            default there is none.
+        class_features: Whose class features images are compared with: the model's own, which
+            depend on the prompts, or the teacher's, computed once.
     """
 
     kind: str = "shared"
     n_ctx: int | None = 16
     init: str | None = None
     position: Position = "end"
+    depth: int = 1
+    n_visual: int | None = None
+    visual_depth: int | None = None
+    projector: int | None = None
+    class_features: Literal["own", "teacher"] = "own"
+
+
+@dataclass
+class TeacherConfig:
+    """A frozen model to learn from; what is given of name, run and features says which.
+
+    Attributes:
+        name: A CLIP, named as model.name is.
+        pretrained: Its weights, as model.pretrained.
+        run: The folder of a run with another model; its learned prompts serve.
+        features: A folder of stored features and class features, instead of a model.
+        template: The text of its class features, with one {}; the dataset's own by default.
+        calibration: A temperature that its logits are divided by.
+    """
+
+    name: str | None = None
+    pretrained: str | None = None
+    run: str | None = None
+    features: str | None = None
+    template: str | None = None
+    calibration: float = 1.0
 
 
 @dataclass
@@ -90,6 +137,13 @@ class RecipeConfig:
         warmup_epochs: Epochs at warmup_lr before the cosine begins.
         warmup_lr: The constant learning rate of the warm-up.
         clip_grad_norm: The largest gradient norm; by default gradients are not clipped.
+        projection: ProGrad's factor: how much of the gradient that goes against zero-shot CLIP's
+            knowledge is taken away; by default none.
+        average_mean: PromptSRC's Gaussian averaging of the prompts over epochs: the epoch that
+            weighs most; by default the last epoch's prompts are kept as they are.
+        average_std: Its width in epochs.
+        setting: What the recipe's hyperparameters are for; "auto" takes base-to-new for a half of
+            the classes, cross-dataset for all of ImageNet, else few-shot.
     """
 
     name: str = "coop"
@@ -101,6 +155,10 @@ class RecipeConfig:
     warmup_epochs: int = 1
     warmup_lr: float = 1e-5
     clip_grad_norm: float | None = None
+    projection: float | None = None
+    average_mean: float | None = None
+    average_std: float | None = None
+    setting: Setting = "auto"
 
 
 @dataclass
@@ -113,9 +171,11 @@ class Config:
         prompts: Where learnable tokens live.
         objectives: What they learn from: entries {kind, weight, ...}.
         recipe: How it is trained.
+        teacher: A frozen model to learn from.
         seed: Of the few-shot draw, the initialisation, the order and the views.
         output: The run's folder; by default runs/DATA/MODEL/RECIPE-....
         reference: Use the plain PyTorch twin of every fused op.
+        tensorboard: Write the metrics for TensorBoard too.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -123,13 +183,21 @@ class Config:
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     objectives: list[dict[str, Any]] = field(default_factory=lambda: [{"kind": "labels"}])
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     seed: int = 1
     output: str | None = None
     reference: bool = False
+    tensorboard: bool = False
 
 
 # The option of each section that a bare word stands for: `--recipe coop` is `--recipe.name coop`.
-SHORTHAND = {"model": "name", "data": "name", "prompts": "kind", "recipe": "name"}
+SHORTHAND = {
+    "model": "name",
+    "data": "name",
+    "prompts": "kind",
+    "recipe": "name",
+    "teacher": "name",
+}
 
 _TOP = frozenset(f.name for f in fields(Config))
 
@@ -183,12 +251,12 @@ def expand_shorthand(values: Mapping[str, Any]) -> dict[str, Any]:
 def nest_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """{"epochs": 10} as {"recipe": {"epochs": 10}}: options that only one section has may be flat.
 
-    Sections and what is known to none are left as they are. Raises VlfastError for a flat option
-    that several sections have.
+    Sections and what is known to none are left as they are; a teacher's options are never flat,
+    since they are a model's. Raises VlfastError for a flat option that several sections have.
     """
     homes: dict[str, list[str]] = {}
     for section in fields(Config):
-        if is_dataclass(section.default_factory):
+        if is_dataclass(section.default_factory) and section.name != "teacher":
             for option in fields(section.default_factory):
                 homes.setdefault(option.name, []).append(section.name)
     nested: dict[str, Any] = {}

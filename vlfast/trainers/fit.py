@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,16 +16,12 @@ from torch.utils.data import DataLoader, Sampler
 from vlfast.data.dataset import Dataset
 from vlfast.data.views import Views, worker_errors
 from vlfast.errors import VlfastError
-from vlfast.objectives import Objective, Step
-from vlfast.trainers.classifier import (
-    PromptedClassifier,
-    encode_split,
-    loader_workers,
-    view_config,
-)
+from vlfast.objectives import Batch, Objective, Step, Task
+from vlfast.prompts.classifier import PromptedClassifier
 from vlfast.trainers.config import Config
+from vlfast.trainers.images import encode_split, loader_workers, view_config
 from vlfast.trainers.progress import Progress
-from vlfast.trainers.run_folder import RunFolder, load_learnable
+from vlfast.trainers.run_folder import RunFolder, load_learned
 from vlfast.trainers.schedule import learning_rate
 
 CHECK_EVERY = 50  # steps between looks at the loss on a GPU, where each look waits for the device
@@ -36,29 +32,49 @@ class NonFiniteLossError(VlfastError):
 
 
 class TrainingStep(nn.Module):
-    """Images and labels to the loss and its terms. Its parameters are the learnable tensors; the
-    frozen CLIP stays outside, so that distributed training moves only what learns."""
+    """A batch to the loss and its terms. Its parameters are the learnable tensors; the frozen
+    models stay outside, so that distributed training moves only what learns."""
 
-    def __init__(self, classifier: PromptedClassifier, objectives: list[Objective]) -> None:
+    def __init__(self, task: Task, objectives: Sequence[Objective]) -> None:
         super().__init__()
-        self.prompts = classifier.prompts
-        self.objectives = nn.ModuleList(objectives)
-        self._classifier = (classifier,)
+        self.prompts = task.prompts
+        self.objectives = nn.ModuleDict({o.kind: o for o in objectives})
+        self._task = (task,)
 
-    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        (classifier,) = self._classifier
-        features = classifier.clip.encode_images(images)
-        text = classifier.encode_text()
-        logits = classifier.logits(features, text.features)
-        step = Step(classifier.clip, self.prompts, features, text, logits, labels)
-        loss = logits.new_zeros(())
+    @torch.no_grad()
+    def look_ahead(self, batch: Batch) -> Batch:
+        """Fill in what frozen models make of the images, as far as anything needs it."""
+        (task,) = self._task
+        objectives = self.objectives.values()
+        frozen = not task.prompts.learns_images or any(o.needs_frozen for o in objectives)
+        if frozen and batch.frozen is None:
+            batch.frozen = task.clip.encode_images(batch.pixels, normalize=False)
+        if batch.teacher is None and any(o.needs_teacher for o in objectives):
+            batch.teacher = task.teacher.encode_images(batch.pixels)
+        return batch
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        (task,) = self._task
+        step = Step(task, batch)
+        loss = batch.labels.new_zeros((), dtype=torch.float32)
         terms = {}
-        for objective in self.objectives:
+        for objective in self.objectives.values():
             for name, value in objective(step).items():
                 terms[name] = value.detach()
-                loss = loss + objective.weight * value
-        terms["accuracy"] = (logits.argmax(dim=1) == labels).float().mean()
+                loss = loss + objective.weight_of(name) * value
+        if task.labelled and step.has_logits:
+            right = step.logits.argmax(dim=1) == batch.labels
+            terms["accuracy"] = right.float().mean()
         return loss, terms
+
+    def learned(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps: the prompts' tensors by their own names (batch norm's running
+        statistics too), those of objectives as "objectives.KIND.NAME"."""
+        tensors = dict(self.prompts.state_dict())
+        for kind, objective in self.objectives.items():
+            for name, tensor in objective.state_dict().items():
+                tensors[f"objectives.{kind}.{name}"] = tensor
+        return tensors
 
 
 class EpochSampler(Sampler[int]):
@@ -87,8 +103,8 @@ class Fitted:
 
 
 def fit_prompts(
-    classifier: PromptedClassifier,
-    objectives: list[Objective],
+    task: Task,
+    objectives: Sequence[Objective],
     dataset: Dataset,
     config: Config,
     folder: RunFolder,
@@ -97,15 +113,16 @@ def fit_prompts(
     resume: bool = False,
     show_progress: bool = True,
 ) -> Fitted:
-    """Train the classifier's prompts on ``dataset.train``.
+    """Train the task's prompts on ``dataset.train``, with objectives that are prepared.
 
     After each epoch ``last`` and, where the validation accuracy grew, ``best`` are written to the
     folder, with a row of metrics. With ``resume`` it goes on after the last finished epoch; the
     order, the views and every random draw of an epoch depend on the seed and the epoch alone, so
     a resumed run is the same, bit for bit on a CPU. Raises NonFiniteLossError naming the term.
     """
-    recipe = config.recipe
-    parameters = [p for p in classifier.prompts.parameters() if p.requires_grad]
+    recipe, classifier = config.recipe, task.classifier
+    training = TrainingStep(task, objectives)
+    parameters = [p for p in training.parameters() if p.requires_grad]
     if recipe.epochs and not parameters:
         raise VlfastError(
             f"prompts: {classifier.prompts.kind!r} prompts have nothing to learn, "
@@ -113,7 +130,7 @@ def fit_prompts(
         )
     if recipe.epochs and not len(dataset.train):
         raise VlfastError(f"data: {dataset.name} has no training images")
-    state = _State(classifier, parameters, recipe.momentum, recipe.weight_decay)
+    state = _State(training, classifier, parameters, recipe.momentum, recipe.weight_decay)
     if resume:
         state.read(folder)
         accelerator.wait_for_everyone()
@@ -121,7 +138,7 @@ def fit_prompts(
             folder.keep_metrics(state.epoch)
     if not recipe.epochs:
         if accelerator.is_main_process:
-            state.write(folder, classifier, best=False)
+            state.write(folder, best=False)
         return Fitted(0, 0.0, None)
 
     views = Views(dataset.train, view_config(classifier.clip), seed=config.seed)
@@ -133,13 +150,8 @@ def fit_prompts(
         drop_last=len(views) >= recipe.batch_size,
         num_workers=loader_workers(dataset.train, config.data.workers),
     )
-    step, optimizer, loader = accelerator.prepare(
-        TrainingStep(classifier, objectives), state.optimizer, loader
-    )
-    has_val = len(dataset.val) > 0
-    val = (
-        encode_split(classifier.clip, dataset.val, workers=config.data.workers) if has_val else None
-    )
+    step, optimizer, loader = accelerator.prepare(training, state.optimizer, loader)
+    has_val, val = len(dataset.val) > 0, None
 
     with Progress(
         recipe.epochs,
@@ -165,20 +177,23 @@ def fit_prompts(
             means = _train_epoch(
                 step, optimizer, loader, accelerator, epoch, recipe.clip_grad_norm, folder, progress
             )
+            step.eval()
             row: dict[str, Any] = {"epoch": epoch, "lr": rate, **means}
-            if val is not None:
+            if has_val:
+                if val is None or classifier.prompts.learns_images:
+                    val = encode_split(classifier, dataset.val, workers=config.data.workers)
                 row["val_accuracy"] = _accuracy(classifier.predict(val[0]), val[1])
             state.seconds += time.perf_counter() - started
             row["seconds"] = round(state.seconds, 3)
-            better = val is not None and row["val_accuracy"] > state.best_accuracy
+            better = has_val and row["val_accuracy"] > state.best_accuracy
             if better:
                 state.best_accuracy, state.best_epoch = row["val_accuracy"], epoch
-            _check_parameters(classifier.prompts, epoch, state.epoch, folder)
+            _check_parameters(training, epoch, state.epoch, folder)
             state.epoch = epoch
             if accelerator.is_main_process:
                 # The row first: resuming drops rows of epochs that have no checkpoint.
                 folder.append_metrics(row)
-                state.write(folder, classifier, best=better)
+                state.write(folder, best=better)
             accelerator.wait_for_everyone()
             progress.epoch_done(row)
     return Fitted(state.epoch, state.seconds, state.best_epoch or None)
@@ -198,10 +213,10 @@ def _train_epoch(
     step.train()
     sums: dict[str, Tensor] = {}
     look_every = 1 if accelerator.device.type == "cpu" else CHECK_EVERY
-    for number, (images, labels) in enumerate(_batches(loader), start=1):
+    for number, batch in enumerate(_batches(loader, step, accelerator), start=1):
         optimizer.zero_grad()
         with accelerator.autocast():
-            loss, terms = step(images, labels)
+            loss, terms = step(batch)
         for name, value in {"loss": loss.detach(), **terms}.items():
             sums[name] = sums[name] + value if name in sums else value
         if number % look_every == 0 or number == len(loader):
@@ -215,13 +230,24 @@ def _train_epoch(
     names = list(sums)
     totals = accelerator.reduce(torch.stack([sums[n] for n in names]) / len(loader), "mean")
     means = dict(zip(names, totals.tolist(), strict=True))
-    means["train_accuracy"] = 100 * means.pop("accuracy")
+    if "accuracy" in means:
+        means["train_accuracy"] = 100 * means.pop("accuracy")
     return means
 
 
-def _batches(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(loader: DataLoader, step: nn.Module, accelerator: Accelerator) -> Iterator[Batch]:
+    """Batches with their frozen part, which is begun one step before it is needed."""
+    training = accelerator.unwrap_model(step)
+    ready = None
     with worker_errors():
-        yield from loader
+        for pixels, labels in loader:
+            with accelerator.autocast():
+                batch = training.look_ahead(Batch(labels, pixels))
+            if ready is not None:
+                yield ready
+            ready = batch
+    if ready is not None:
+        yield ready
 
 
 def _check_loss(means: dict[str, float], epoch: int, number: int, folder: RunFolder) -> None:
@@ -247,17 +273,19 @@ def _diverged(what: str, finished: int, folder: RunFolder) -> NonFiniteLossError
 
 
 class _State:
-    """What resuming needs: prompts, momentum, the epoch, the best so far. Random state needs no
-    place here, since the seed and the epoch fix it."""
+    """What resuming needs: what is learned, momentum, the epoch, the best so far. Random state
+    needs no place here, since the seed and the epoch fix it."""
 
     def __init__(
         self,
+        training: TrainingStep,
         classifier: PromptedClassifier,
         parameters: list[nn.Parameter],
         momentum: float,
         weight_decay: float,
     ) -> None:
-        self.prompts = classifier.prompts
+        self.training = training
+        self.classifier = classifier
         self.optimizer = None
         if parameters:
             self.optimizer = torch.optim.SGD(
@@ -268,18 +296,18 @@ class _State:
         self.best_accuracy = -1.0
         self.best_epoch = 0
 
-    def write(self, folder: RunFolder, classifier: PromptedClassifier, *, best: bool) -> None:
-        learnable = dict(self.prompts.named_parameters())
+    def write(self, folder: RunFolder, *, best: bool) -> None:
+        learned = self.training.learned()
         about = {
             "epoch": self.epoch,
-            "classnames": classifier.classnames,
-            "template": classifier.template,
+            "classnames": self.classifier.classnames,
+            "template": self.classifier.template,
         }
         if best:
-            folder.write_tensors("best", learnable, about)
-        folder.write_tensors("last", learnable, about)
-        tensors = {f"prompts/{name}": p for name, p in learnable.items()}
-        for name, parameter in learnable.items():
+            folder.write_tensors("best", learned, about)
+        folder.write_tensors("last", learned, about)
+        tensors = {f"learned/{name}": value for name, value in learned.items()}
+        for name, parameter in self.training.named_parameters():
             momentum = self.optimizer.state[parameter].get("momentum_buffer")
             if momentum is not None:
                 tensors[f"momentum/{name}"] = momentum
@@ -300,12 +328,12 @@ class _State:
         if not file.is_file():
             return
         tensors, about = folder.read_tensors("state")
-        parts: dict[str, dict[str, Tensor]] = {"prompts": {}, "momentum": {}}
+        parts: dict[str, dict[str, Tensor]] = {"learned": {}, "momentum": {}}
         for key, value in tensors.items():
             part, _, name = key.partition("/")
             parts.setdefault(part, {})[name] = value
-        load_learnable(self.prompts, parts["prompts"], file)
-        for name, parameter in self.prompts.named_parameters():
+        load_learned(self.training.learned(), parts["learned"], file)
+        for name, parameter in self.training.named_parameters():
             if name in parts["momentum"]:
                 buffer = parts["momentum"][name].to(parameter.device)
                 self.optimizer.state[parameter]["momentum_buffer"] = buffer

@@ -54,22 +54,26 @@ class Progress:
 
     def step_done(self, number: int, means: dict[str, float]) -> None:
         if self._bar:
+            known = "accuracy" in means
+            accuracy = f"  accuracy {100 * means['accuracy']:.1f} %" if known else ""
             self._bar.update(
                 self._task,
                 completed=self.epoch * self.steps + number,
                 epoch=self._name(self.epoch + 1),
-                numbers=f"loss {means['loss']:.3f}  accuracy {100 * means['accuracy']:.1f} %",
+                numbers=f"loss {means['loss']:.3f}{accuracy}",
             )
 
     def epoch_done(self, row: dict[str, Any]) -> None:
         self.epoch = row["epoch"]
         every = max(1, self.epochs // LINES)
         if self._lines and (self.epoch % every == 0 or self.epoch == self.epochs):
-            val = f"  val {row['val_accuracy']:.1f} %" if "val_accuracy" in row else ""
+            parts = [f"loss {row['loss']:.3f}"]
+            for part in ("train", "val"):
+                if f"{part}_accuracy" in row:
+                    parts.append(f"{part} {row[f'{part}_accuracy']:.1f} %")
             left = row["seconds"] / self.epoch * (self.epochs - self.epoch)
             self._console.print(
-                f"epoch {self._name(self.epoch)}  loss {row['loss']:.3f}  "
-                f"train {row['train_accuracy']:.1f} %{val}  {left:.0f} s left",
+                f"epoch {self._name(self.epoch)}  {'  '.join(parts)}  {left:.0f} s left",
                 highlight=False,
             )
 

@@ -152,12 +152,13 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {k: json.loads(v) for k, v in header.items() if k != "format"}
 
 
-def load_learnable(prompts: torch.nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Put a checkpoint's tensors into prompts. Raises VlfastError where they do not fit."""
-    expected = {name: tuple(p.shape) for name, p in prompts.named_parameters()}
+def load_learned(into: Mapping[str, Tensor], tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write a checkpoint's tensors into those of the same name. Raises VlfastError where they do
+    not fit."""
+    expected = {name: tuple(t.shape) for name, t in into.items()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     if expected != found:
         raise VlfastError(f"checkpoint: {file} holds {found}, but these prompts need {expected}")
     with torch.no_grad():
-        for name, parameter in prompts.named_parameters():
-            parameter.copy_(tensors[name])
+        for name, tensor in into.items():
+            tensor.copy_(tensors[name])

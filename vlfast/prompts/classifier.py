@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import DataLoader
 
 from vlfast.clip.feature_cache import FeatureCache
 from vlfast.clip.models import ClipModel
 from vlfast.clip.text_tower import TextOutput
 from vlfast.clip.words import check_vocabulary
-from vlfast.data.dataset import Split
-from vlfast.data.views import ViewConfig, Views, worker_errors
-from vlfast.prompts import Prompts
+from vlfast.prompts.base import Prompts
 
-TEST_BATCH = 100  # Dassl's test batch
 OTHER_NAMES_KEPT = 8  # sets of class names whose features are remembered
-
-
-def view_config(clip: ClipModel) -> ViewConfig:
-    """What this model expects of images."""
-    return ViewConfig(clip.image_size, clip.mean, clip.std, clip.interpolation)
+IMAGES_AT_ONCE = 32  # where every image has class features of its own
 
 
 class PromptedClassifier:
@@ -61,49 +52,49 @@ class PromptedClassifier:
             self._with_other_names[names] = other
         return self._with_other_names[names]
 
-    def encode_text(self) -> TextOutput:
-        """Class features and context states, differentiable to the prompts."""
-        return self.prompts.encode(self.clip, self.tokens)
+    def encode_images(self, pixels: Tensor | None, frozen: Tensor | None = None) -> Tensor:
+        """Normalised features [B, D], fp32, differentiable to prompts in the image tower.
+
+        pixels: preprocessed images [B, 3, S, S]. frozen: what the frozen image tower makes of them,
+        where that is known; pixels may then be None unless the image tower has prompts.
+        """
+        features = self.prompts.encode_images(self.clip, pixels, frozen)
+        return functional.normalize(features.float(), dim=-1)
+
+    def encode_text(self, images: Tensor | None = None, index: Tensor | None = None) -> TextOutput:
+        """Class features and context states, differentiable to the prompts.
+
+        images: normalised features [B, D], which prompts of single images depend on. index: int64
+        [K], encode only these classes.
+        """
+        return self.prompts.encode(self.clip, self.tokens, index, images)
 
     def class_features(self) -> Tensor:
         """Class features for evaluation, [C, D] without autograd: computed again only where the
-        prompts or the model have changed."""
+        prompts or the model have changed. Not for prompts of single images."""
         modules = [*self.prompts.modules(), *self.clip.text_tower.text.modules()]
         learned = self.prompts.state_dict().values()
         return self._features.get(modules, lambda: self.encode_text().features, learned)
 
     def logits(self, images: Tensor, class_features: Tensor) -> Tensor:
         """Logit scale times cosine, fp32 [B, C], from normalised image features [B, D] and class
-        features [C, D]. Under autocast too: half precision has steps of 0.06 at such scales."""
+        features [C, D] or [B, C, D]. Under autocast too: half precision has steps of 0.06 at such
+        scales."""
         with torch.autocast(images.device.type, enabled=False):
             classes = functional.normalize(class_features.float(), dim=-1)
-            return self.clip.logit_scale.float() * images.float() @ classes.T
+            scaled = self.clip.logit_scale.float() * images.float()
+            if classes.ndim == 2:
+                return scaled @ classes.T
+            return torch.einsum("bd,bcd->bc", scaled, classes)
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
         """Logits [N, C] of normalised image features [N, D]."""
-        return self.logits(images, self.class_features())
-
-
-def loader_workers(split: Split, asked: int | None) -> int:
-    """Processes that load images. Views that are rendered in memory need none; files get as many
-    as there are cores, at most 8."""
-    if asked is not None:
-        return asked
-    return 0 if split.source.renders_views else min(8, os.cpu_count() or 1)
-
-
-@torch.no_grad()
-def encode_split(
-    clip: ClipModel, split: Split, *, workers: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Normalised features [N, D] of a split's test views and labels [N], on the model's device.
-    The split has at least one image."""
-    loader = DataLoader(
-        Views(split, view_config(clip)),
-        batch_size=TEST_BATCH,
-        num_workers=loader_workers(split, workers),
-    )
-    with worker_errors():
-        features = [clip.encode_images(images.to(clip.device)) for images, _ in loader]
-    return torch.cat(features), torch.from_numpy(split.labels).to(clip.device)
+        if not self.prompts.per_image:
+            return self.logits(images, self.class_features())
+        return torch.cat(
+            [
+                self.logits(part, self.encode_text(part).features)
+                for part in images.split(IMAGES_AT_ONCE)
+            ]
+        )
