@@ -131,7 +131,19 @@ def test_flat_options_find_their_section():
         ({"objectives": ["labels", 3]}, VlfastError, "expected a kind or .* got 3"),
         ({"data": {"shots": -2}}, VlfastError, "data.shots: expected at least 0"),
         ({"recipe": "plpp", "add": "perplexity"}, VlfastError, "each kind once"),
-        ({"add": "teacher"}, UnknownNameError, "unknown objective 'teacher'"),
+        ({"add": "techer"}, UnknownNameError, "unknown objective 'techer'; did you mean 'teacher'"),
+        ({"prompts": "promptsrc"}, VlfastError, "kind independent.*--recipe promptsrc"),
+        ({"recipe": "kdpl-ca"}, VlfastError, "data.dictionary: kdpl-ca learns from the names"),
+        (
+            {"recipe": "promptkd", "prompts": "coop"},
+            VlfastError,
+            "shared prompts change class features only",
+        ),
+        (
+            {"recipe": "promptkd", "prompts": {"kind": "hard", "projector": None}},
+            VlfastError,
+            "nothing to learn",
+        ),
     ],
 )
 def test_bad_config(given, error, match):
@@ -139,9 +151,135 @@ def test_bad_config(given, error, match):
         resolve_config(given)
 
 
+def given(recipe, **data):
+    if recipe == "kdpl-ca":
+        data["dictionary"] = "names.txt"
+    return {"recipe": recipe, "data": data, "model": {"name": "ViT-B-16", "pretrained": "openai"}}
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_resolves_in_every_setting(name):
-    for classes in ("all", "base", "new"):
-        config = resolve_config({"recipe": name, "data": {"classes": classes}})
+    for data in ({"classes": "all"}, {"classes": "base"}, {"classes": "new"}, {"name": "imagenet"}):
+        config = resolve_config(given(name, **data))
         assert config.recipe.name == name
         assert RECIPES[name].paper and RECIPES[name].equation and RECIPES[name].learns
+
+
+# The papers' configs for base-to-new: epochs, batch, learning rate, tokens in the text
+# and image tower, blocks.
+PAPERS = {
+    "coop": (200, 32, 0.002, None, None, 1, None),
+    "cocoop": (10, 1, 0.002, None, None, 1, None),
+    "kgcoop": (100, 128, 0.002, None, None, 1, None),
+    "prograd": (200, 32, 0.002, 16, None, 1, None),
+    "vpt": (5, 4, 0.0025, None, 8, 1, 12),
+    "ivlp": (5, 4, 0.0035, 2, 2, 12, 12),
+    "maple": (5, 4, 0.0035, 2, None, 9, None),
+    "promptsrc": (20, 4, 0.0025, 4, 4, 9, 9),
+    "plpp": (200, 32, 0.002, None, None, 1, None),
+    "kdpl": (50, 32, 0.002, None, None, 1, None),
+    "kdpl-ca": (50, 32, 0.002, None, None, 1, None),
+    "mopd": (100, 128, 0.002, None, None, 1, None),
+    "promptkd": (20, 8, 0.005, None, 4, 1, 9),
+}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_base_to_new_is_the_papers(name):
+    config = resolve_config(given(name, classes="base"))
+    recipe, prompts = config.recipe, config.prompts
+    assert PAPERS[name] == (
+        recipe.epochs,
+        recipe.batch_size,
+        recipe.lr,
+        prompts.n_ctx,
+        prompts.n_visual,
+        prompts.depth,
+        prompts.visual_depth,
+    )
+
+
+def test_settings_of_promptsrc_and_maple():
+    def averaging(**options):
+        found = resolve_config({**given("promptsrc"), **options})
+        return found.recipe.average_mean, found.recipe.average_std, found.prompts.depth
+
+    assert averaging() == (30.0, 30.0, 9)
+    assert averaging(data={"name": "imagenet"}) == (6.0, 10.0, 3)
+    assert averaging(recipe={"name": "promptsrc", "setting": "base-to-new"}) == (15.0, 1.0, 9)
+    maple = resolve_config(given("maple", name="imagenet"))
+    assert (maple.recipe.epochs, maple.recipe.lr, maple.prompts.depth) == (2, 0.0026, 3)
+
+
+def test_promptkd_takes_all_images_without_labels():
+    config = resolve_config(given("promptkd", name="oxford_flowers", classes="base"))
+    assert (config.data.shots, config.data.unlabelled) == (0, True)
+    assert (config.prompts.projector, config.prompts.class_features) == (2, "teacher")
+    (objective,) = config.objectives
+    assert (objective["weight"], objective["scale"], objective["reduction"]) == (
+        200.0,
+        "teacher",
+        "mean",
+    )
+    assert config.teacher.name == "ViT-H-14-quickgelu"
+    assert resolve_config(given("promptkd", shots=64)).data.shots == 64
+
+
+def test_mopd_depends_on_the_dataset():
+    def values(name):
+        labels, mixture = resolve_config(given("mopd", name=name)).objectives
+        return labels["weight"], mixture["weight"], mixture["selection_weight"]
+
+    assert values("eurosat") == (0.5, 0.5, 0.1)
+    assert values("oxford_pets") == (0.8, 0.2, 0.5)
+    mixture = resolve_config(given("sipd")).objectives[1]
+    assert (mixture["pool_size"], mixture["gate"], mixture["selection_weight"]) == (1, False, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "training"),
+    [
+        ("coop", "shared", (50, 32, 0.002)),
+        ("cocoop", "conditional", (10, 1, 0.002)),
+        ("vpt", "visual", (5, 4, 0.0025)),
+        ("ivlp", "independent", (5, 4, 0.0035)),
+        ("maple", "coupled", (5, 4, 0.0035)),
+    ],
+)
+def test_kdpl_on_the_prompts_of_another_method(method, kind, training):
+    """They bring their own optimiser and epochs; MaPLe's base-to-new config serves ImageNet too."""
+    config = resolve_config({**given("kdpl", name="imagenet"), "prompts": method})
+    assert config.prompts.kind == kind
+    assert [o["kind"] for o in config.objectives] == ["teacher"]
+    assert (config.recipe.epochs, config.recipe.batch_size, config.recipe.lr) == training
+
+
+def test_promptsrc_with_kdpl_keeps_its_self_regulation():
+    config = resolve_config({**given("promptsrc", classes="base"), "objective": "teacher"})
+    assert [o["kind"] for o in config.objectives] == ["teacher", "self_regulation"]
+    assert config.recipe.average_mean == 15.0
+
+
+def test_an_objective_replaces_its_own_kind():
+    objective = {"kind": "teacher", "forward_weight": 1.0, "reverse_weight": 0.0}
+    (found,) = resolve_config({**given("kdpl"), "objective": objective}).objectives
+    assert (found["forward_weight"], found["reverse_weight"]) == (1.0, 0.0)
+
+
+def test_depth_is_that_of_the_towers():
+    config = resolve_config({"recipe": "maple", "model": "glyphs-student"})
+    assert (config.prompts.depth, config.teacher.name) == (2, None)
+    config = resolve_config({"recipe": "ivlp"}, blocks=(5, 4))
+    assert (config.prompts.depth, config.prompts.visual_depth) == (5, 4)
+
+
+def test_the_small_model_learns_from_the_large_one():
+    assert resolve_config({"recipe": "kdpl"}).teacher.name == "glyphs-teacher"
+    own = resolve_config({"recipe": "kdpl", "teacher": {"run": "runs/teacher"}})
+    assert (own.teacher.name, own.teacher.run) == (None, "runs/teacher")
+
+
+def test_promptkd_on_other_prompts_keeps_projector_and_training():
+    config = resolve_config({**given("promptkd"), "prompts": "finetune"})
+    assert (config.prompts.projector, config.prompts.class_features) == (2, "teacher")
+    assert (config.recipe.epochs, config.recipe.lr) == (20, 0.005)

@@ -78,6 +78,22 @@ def model_names() -> list[str]:
     return [*bundled.BUNDLED, *open_clip.list_models()]
 
 
+def tower_blocks(name: str) -> tuple[int, int]:
+    """How many blocks the text and the image tower of a model have, by its name alone: for a name
+    that open_clip does not know (a file, a model built in Python), CLIP's usual 12 and 12. Image
+    towers of several stages count them all."""
+    import open_clip
+
+    if name in bundled.BUNDLED:
+        config = bundled.read_config(name)["model_cfg"]
+    else:
+        config = open_clip.get_model_config(name)
+    if config is None:
+        return 12, 12
+    layers = config["vision_cfg"].get("layers", 12)
+    return config["text_cfg"].get("layers", 12), layers if isinstance(layers, int) else sum(layers)
+
+
 def load_clip(
     name: str, pretrained: str | None = None, *, device: str | torch.device = "cpu"
 ) -> ClipModel:

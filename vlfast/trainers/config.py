@@ -78,13 +78,16 @@ class PromptsConfig:
     """Where learnable tokens live.
 
     Attributes:
-        kind: hard, shared, class_specific, conditional, visual, independent, coupled or finetune.
+        kind: hard, ensemble, shared, class_specific, conditional, visual, independent, coupled or
+            finetune.
         n_ctx: Context tokens in the text tower; by default as many as init has.
         init: Words to start from; "auto" takes the dataset's; nothing draws at random.
         position: Where the class name stands in the context.
         depth: Blocks of the text tower that get context of their own, the input being the first.
         n_visual: Tokens in the image tower.
         visual_depth: Blocks of the image tower that get tokens of their own.
+        templates: The hard prompts of an ensemble, each with one {}; "own" stands for the
+            dataset's.
         projector: Layers of a learned projector from the image features to the teacher's; by
             default there is none.
         class_features: Whose class features images are compared with: the model's own, which
@@ -98,6 +101,7 @@ class PromptsConfig:
     depth: int = 1
     n_visual: int | None = None
     visual_depth: int | None = None
+    templates: list[str] | None = None
     projector: int | None = None
     class_features: Literal["own", "teacher"] = "own"
 

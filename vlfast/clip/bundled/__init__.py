@@ -46,6 +46,11 @@ def pack_weights(state: dict[str, Tensor], rows: Tensor, indices: Tensor) -> dic
     return {**packed, _ROWS: rows.half().contiguous(), _INDICES: indices.to(torch.int32)}
 
 
+def read_config(name: str, folder: str | Path = _FOLDER) -> dict:
+    """{"model_cfg": ..., "preprocess_cfg": ...} of a bundled model."""
+    return json.loads((Path(folder) / f"{name}.json").read_text(encoding="utf-8"))
+
+
 def load_bundled(name: str, folder: str | Path = _FOLDER) -> tuple[CLIP, Tensor]:
     """A bundled model in fp32 and eval mode, and which tokens it knows: bool [49408].
 
@@ -60,8 +65,7 @@ def load_bundled(name: str, folder: str | Path = _FOLDER) -> tuple[CLIP, Tensor]
         raise unknown_name("bundled model", name, BUNDLED)
     path = Path(folder) / f"{name}.safetensors"
     try:
-        config = json.loads((Path(folder) / f"{name}.json").read_text(encoding="utf-8"))
-        model = build_model(config)
+        model = build_model(read_config(name, folder))
         state = load_file(path)
         rows, indices = state.pop(_ROWS).float(), state.pop(_INDICES).long()
         embedding = torch.zeros(VOCABULARY, rows.shape[1])

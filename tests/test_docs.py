@@ -1,0 +1,40 @@
+"""Every `vlfast train` command that the README and docs show is understood."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from vlfast.cli import _train_options
+from vlfast.trainers.recipes import RECIPES, resolve_config
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands() -> list[str]:
+    found = []
+    for page in PAGES:
+        for line in page.read_text(encoding="utf-8").splitlines():
+            found += re.findall(r"`(vlfast train [^`]+)`", line)
+            if line.startswith("    vlfast train"):
+                found.append(line.strip().partition("  #")[0])
+    return sorted(
+        {c for c in found if "--resume" not in c and "--config" not in c and "..." not in c}
+    )
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command_resolves(command):
+    words = [w for w in shlex.split(command)[2:] if w not in ("KIND", "NAME")]
+    resolve_config(_train_options(words)["given"])
+
+
+def test_there_are_commands():
+    assert len(commands()) > 30
+
+
+def test_every_recipe_is_documented():
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert [name for name in RECIPES if f"`{name}`" not in text and f"| {name} |" not in text] == []
