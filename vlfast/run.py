@@ -20,17 +20,23 @@ from torch import Tensor
 from vlfast.clip.models import ClipModel, load_clip
 from vlfast.data.catalog import load_dataset
 from vlfast.data.dataset import Dataset
+from vlfast.data.dictionary import DICTIONARY_TEMPLATE, read_dictionary
 from vlfast.data.folder import open_image
+from vlfast.data.templates import prograd_template
 from vlfast.data.views import image_batch
 from vlfast.errors import UnknownNameError, VlfastError
 from vlfast.evaluation.protocols import evaluate_dataset
-from vlfast.objectives import Objective, Task, build_objectives
+from vlfast.objectives import Candidates, Objective, Task, build_objectives
+from vlfast.objectives.general_knowledge import GeneralKnowledge
 from vlfast.ops.backends import reference_only
 from vlfast.prompts import HardPrompt, Prompts, build_prompts
 from vlfast.prompts.classifier import PromptedClassifier
+from vlfast.prompts.context import init_of_template
+from vlfast.trainers.averaging import check_averaging
 from vlfast.trainers.config import Config, expand_shorthand, nest_options
 from vlfast.trainers.device import make_accelerator, resolve_device
 from vlfast.trainers.fit import fit_prompts
+from vlfast.trainers.gradient_projection import check_projection
 from vlfast.trainers.images import TEST_BATCH, view_config
 from vlfast.trainers.recipes import resolve_config
 from vlfast.trainers.run_folder import CHECKPOINTS, RunFolder, load_learned
@@ -189,9 +195,15 @@ def train(
     """Train and test what a full Config says; ``fit`` and the command line end here."""
     config = copy.deepcopy(config)
     config.output = str(config.output or default_output(config))
+    check_averaging(config.recipe)
+    check_projection(config.recipe)
     folder = RunFolder(config.output)
     if not resume:
         folder.check_free()
+    names = None
+    if config.data.dictionary is not None:
+        names = read_dictionary(config.data.dictionary)
+        config.data.dictionary = str(Path(config.data.dictionary).absolute())
     device = resolve_device(config.model.device)
     if clip is not None:
         if config.model.device != "auto" and clip.device.type != device.type:
@@ -221,6 +233,8 @@ def train(
             )
     if config.prompts.init == "auto":
         config.prompts.init = dataset.context_init
+    elif config.prompts.init == "template":
+        config.prompts.init = init_of_template(prograd_template(dataset.name, dataset.template))
 
     drawn = dataset
     if config.data.shots and config.recipe.epochs:
@@ -236,20 +250,24 @@ def train(
     config.prompts.n_ctx = None if vectors is None else vectors.shape[-2]
     classifier.tokens.check_fits(config.prompts.n_ctx or 0, clip.text_tower.context_length)
     objectives = build_objectives(config.objectives)
+    general = None if config.recipe.projection is None else GeneralKnowledge()
     task = Task(
         classifier,
         dataset.name,
         teacher=_load_teacher(config, clip, drawn.classnames, dataset.template),
         labelled=not config.data.unlabelled,
     )
+    if names is not None:
+        task = _learn_from_dictionary(task, names, config)
     _check_task(task, objectives)
 
     if not resume and accelerator.is_main_process:
         folder.start(config)
     accelerator.wait_for_everyone()
     with reference_only() if config.reference else nullcontext():
-        for objective in objectives:
-            objective.prepare(task)
+        for part in (*objectives, general, task.candidates):
+            if part is not None:
+                part.prepare(task)
         fitted = fit_prompts(
             task,
             objectives,
@@ -257,6 +275,8 @@ def train(
             config,
             folder,
             accelerator,
+            classifier=classifier,
+            general=general,
             resume=resume,
             show_progress=show_progress,
         )
@@ -384,8 +404,34 @@ def _load_teacher(
     if options.name is None:
         return None
     clip = load_clip(options.name, options.pretrained, device=student.device)
+    clip.text_tower.max_memory = config.model.max_memory
     classifier = PromptedClassifier(clip, HardPrompt(), classnames, options.template or template)
     return ModelTeacher(classifier, student, calibration=options.calibration)
+
+
+def _learn_from_dictionary(task: Task, names: tuple[str, ...], config: Config) -> Task:
+    """The same task with the dictionary's names in place of the dataset's."""
+    clip, prompts = task.clip, task.prompts
+    if prompts.class_bound:
+        raise VlfastError(
+            f"data.dictionary: {prompts.kind} prompts know only the classes they are made for; "
+            "learn prompts that all classes share"
+        )
+    candidates = Candidates(config.data.top_classes)
+    if task.teacher is None:
+        raise VlfastError(
+            "teacher: class-agnostic distillation needs one, which chooses from data.dictionary: "
+            "--teacher NAME, a model, or --teacher.run DIR, a run"
+        )
+    classifier = PromptedClassifier(clip, prompts, names, DICTIONARY_TEMPLATE)
+    classifier.tokens.check_fits(config.prompts.n_ctx or 0, clip.text_tower.context_length)
+    return Task(
+        classifier,
+        "",
+        teacher=task.teacher,
+        labelled=False,
+        candidates=candidates if config.data.top_classes < len(names) else None,
+    )
 
 
 def _check_task(task: Task, objectives: Sequence[Objective]) -> None:
@@ -396,9 +442,12 @@ def _check_task(task: Task, objectives: Sequence[Objective]) -> None:
                 "--teacher.run DIR, a run"
             )
         if objective.needs_labels and not task.labelled:
+            why = "data.unlabelled: "
+            if task.from_dictionary:
+                why = "data.dictionary: the images' labels are not of its names, and "
             raise VlfastError(
-                f"data.unlabelled: the {objective.kind} objective needs labels; learn from a "
-                "teacher instead (--objective teacher)"
+                f"{why}the {objective.kind} objective needs labels; learn from a teacher instead "
+                "(--objective teacher)"
             )
         objective.check(task)
 

@@ -9,14 +9,24 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from vlfast.errors import VlfastError, unknown_name
 from vlfast.objectives.base import Batch, Objective, Step, Task, Teacher
+from vlfast.objectives.candidates import Candidates
+from vlfast.objectives.features import Features
+from vlfast.objectives.guidance import Guidance
 from vlfast.objectives.labels import Labels
+from vlfast.objectives.mixture import Mixture
 from vlfast.objectives.perplexity import Perplexity
+from vlfast.objectives.self_regulation import SelfRegulation
+from vlfast.objectives.teacher import Distillation
 
-KINDS: dict[str, type[Objective]] = {o.kind: o for o in (Labels, Perplexity)}
+KINDS: dict[str, type[Objective]] = {
+    o.kind: o
+    for o in (Labels, Perplexity, Distillation, Mixture, Guidance, SelfRegulation, Features)
+}
 
 __all__ = [
     "KINDS",
     "Batch",
+    "Candidates",
     "Objective",
     "Step",
     "Task",

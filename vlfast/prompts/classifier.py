@@ -76,12 +76,21 @@ class PromptedClassifier:
         learned = self.prompts.state_dict().values()
         return self._features.get(modules, lambda: self.encode_text().features, learned)
 
+    @property
+    def width(self) -> int:
+        """D, the size of the features."""
+        return self.prompts.width or self.clip.width
+
     def logits(self, images: Tensor, class_features: Tensor) -> Tensor:
         """Logit scale times cosine, fp32 [B, C], from normalised image features [B, D] and class
-        features [C, D] or [B, C, D]. Under autocast too: half precision has steps of 0.06 at such
-        scales."""
+        features [C, D] or [B, C, D]."""
+        return self.scaled_cosines(images, functional.normalize(class_features.float(), dim=-1))
+
+    def scaled_cosines(self, images: Tensor, classes: Tensor) -> Tensor:
+        """``logits`` of class features that are normalised. In fp32 under autocast too: half
+        precision has steps of 0.06 at such scales."""
         with torch.autocast(images.device.type, enabled=False):
-            classes = functional.normalize(class_features.float(), dim=-1)
+            classes = classes.float()
             scaled = self.clip.logit_scale.float() * images.float()
             if classes.ndim == 2:
                 return scaled @ classes.T

@@ -14,28 +14,49 @@ from vlfast.clip.words import check_vocabulary
 from vlfast.prompts.base import Prompts
 
 INIT_STD = 0.02  # CoOp's normal initialisation
+PADDED = "template:"  # before words that zeros fill up to n_ctx
 
 
 def initial_context(clip: ClipModel, n_ctx: int | None, init: str | None) -> Tensor:
     """The vectors a context starts from, fp32 [n_ctx, d].
 
     init: words whose token embeddings are taken (the first n_ctx of them; n_ctx None means all),
-    or None for N(0, 0.02) from torch's global generator. Raises ValueError where n_ctx does not
-    fit.
+    or None for N(0, 0.02) from torch's global generator. Words behind "template:" all stand at the
+    end of the context, zeros before them (ProGrad). Raises ValueError where n_ctx does not fit.
     """
     if init is None:
         if n_ctx is None or n_ctx < 1:
             raise ValueError(f"n_ctx: expected at least 1 context token, got {n_ctx}")
         return torch.randn(n_ctx, clip.text_tower.width) * INIT_STD
+    padded, init = init.startswith(PADDED), init.removeprefix(PADDED)
     check_vocabulary(clip, [init], "init")
     words = clip.text_tower.embed_words(init).float().cpu()
     n_ctx = len(words) if n_ctx is None else n_ctx
+    if padded:
+        if n_ctx < len(words):
+            raise ValueError(
+                f"n_ctx: expected at least {len(words)}, the tokens of the template's words "
+                f"{init.strip()!r}, got {n_ctx}"
+            )
+        return torch.cat([words.new_zeros(n_ctx - len(words), words.shape[1]), words])
     if not 1 <= n_ctx <= len(words):
         raise ValueError(
             f"n_ctx: expected 1 to {len(words)}, the tokens of init={init!r}, got {n_ctx}; "
             "without init the context is drawn at random, of any length"
         )
     return words[:n_ctx].clone()
+
+
+def init_of_template(template: str) -> str:
+    """``init`` for the words of a dataset's template before the class name, as ProGrad starts
+    ([Kg] trainers/prograd.py:78-95, which counts words where this counts tokens, and so drops the
+    last word of templates with a comma). ValueError where the template begins with the name."""
+    words = template.partition("{}")[0].strip()
+    if not words:
+        raise ValueError(
+            f"init: the template {template!r} has no words before the class name to start from"
+        )
+    return f"{PADDED} {words}"
 
 
 class SharedContext(Prompts):

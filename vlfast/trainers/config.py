@@ -81,7 +81,8 @@ class PromptsConfig:
         kind: hard, ensemble, shared, class_specific, conditional, visual, independent, coupled or
             finetune.
         n_ctx: Context tokens in the text tower; by default as many as init has.
-        init: Words to start from; "auto" takes the dataset's; nothing draws at random.
+        init: Words to start from; "auto" takes the dataset's; "template" those of the template that
+            ProGrad has for it, behind zeros; nothing draws at random.
         position: Where the class name stands in the context.
         depth: Blocks of the text tower that get context of their own, the input being the first.
         n_visual: Tokens in the image tower.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,11 @@ from vlfast.data.dataset import Dataset
 from vlfast.data.views import Views, worker_errors
 from vlfast.errors import VlfastError
 from vlfast.objectives import Batch, Objective, Step, Task
+from vlfast.objectives.general_knowledge import GeneralKnowledge
 from vlfast.prompts.classifier import PromptedClassifier
+from vlfast.trainers.averaging import Averaging
 from vlfast.trainers.config import Config
+from vlfast.trainers.gradient_projection import GradientProjection
 from vlfast.trainers.images import encode_split, loader_workers, view_config
 from vlfast.trainers.progress import Progress
 from vlfast.trainers.run_folder import RunFolder, load_learned
@@ -33,24 +37,34 @@ class NonFiniteLossError(VlfastError):
 
 class TrainingStep(nn.Module):
     """A batch to the loss and its terms. Its parameters are the learnable tensors; the frozen
-    models stay outside, so that distributed training moves only what learns."""
+    models stay outside, so that distributed training moves only what learns.
 
-    def __init__(self, task: Task, objectives: Sequence[Objective]) -> None:
+    general: a term that is not in the loss and keeps its graph, for gradient projection.
+    """
+
+    def __init__(
+        self, task: Task, objectives: Sequence[Objective], general: Objective | None = None
+    ) -> None:
         super().__init__()
         self.prompts = task.prompts
         self.objectives = nn.ModuleDict({o.kind: o for o in objectives})
         self._task = (task,)
+        self._general = (general,)
 
     @torch.no_grad()
     def look_ahead(self, batch: Batch) -> Batch:
         """Fill in what frozen models make of the images, as far as anything needs it."""
         (task,) = self._task
-        objectives = self.objectives.values()
+        (general,) = self._general
+        objectives = [*self.objectives.values(), *([general] if general else [])]
         frozen = not task.prompts.learns_images or any(o.needs_frozen for o in objectives)
         if frozen and batch.frozen is None:
             batch.frozen = task.clip.encode_images(batch.pixels, normalize=False)
-        if batch.teacher is None and any(o.needs_teacher for o in objectives):
+        taught = task.candidates is not None or any(o.needs_teacher for o in objectives)
+        if batch.teacher is None and taught:
             batch.teacher = task.teacher.encode_images(batch.pixels)
+        if task.candidates is not None:
+            batch.chosen = task.candidates.choose(batch.teacher)
         return batch
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -65,6 +79,9 @@ class TrainingStep(nn.Module):
         if task.labelled and step.has_logits:
             right = step.logits.argmax(dim=1) == batch.labels
             terms["accuracy"] = right.float().mean()
+        (general,) = self._general
+        if general is not None:
+            terms |= general(step)
         return loss, terms
 
     def learned(self) -> dict[str, Tensor]:
@@ -110,18 +127,24 @@ def fit_prompts(
     folder: RunFolder,
     accelerator: Accelerator,
     *,
+    classifier: PromptedClassifier | None = None,
+    general: Objective | None = None,
     resume: bool = False,
     show_progress: bool = True,
 ) -> Fitted:
     """Train the task's prompts on ``dataset.train``, with objectives that are prepared.
+
+    classifier: the same prompts over the dataset's class names, for validation and checkpoints,
+    where they learn from others. general: prepared too; what ``recipe.projection`` holds gradients
+    against.
 
     After each epoch ``last`` and, where the validation accuracy grew, ``best`` are written to the
     folder, with a row of metrics. With ``resume`` it goes on after the last finished epoch; the
     order, the views and every random draw of an epoch depend on the seed and the epoch alone, so
     a resumed run is the same, bit for bit on a CPU. Raises NonFiniteLossError naming the term.
     """
-    recipe, classifier = config.recipe, task.classifier
-    training = TrainingStep(task, objectives)
+    recipe, classifier = config.recipe, classifier or task.classifier
+    training = TrainingStep(task, objectives, general)
     parameters = [p for p in training.parameters() if p.requires_grad]
     if recipe.epochs and not parameters:
         raise VlfastError(
@@ -130,7 +153,13 @@ def fit_prompts(
         )
     if recipe.epochs and not len(dataset.train):
         raise VlfastError(f"data: {dataset.name} has no training images")
-    state = _State(training, classifier, parameters, recipe.momentum, recipe.weight_decay)
+    averaging = Averaging.of_recipe(recipe, training.named_parameters())
+    state = _State(
+        training, classifier, parameters, recipe.momentum, recipe.weight_decay, averaging
+    )
+    projection = None
+    if general is not None:
+        projection = GradientProjection(recipe.projection, parameters)
     if resume:
         state.read(folder)
         accelerator.wait_for_everyone()
@@ -175,8 +204,18 @@ def fit_prompts(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             means = _train_epoch(
-                step, optimizer, loader, accelerator, epoch, recipe.clip_grad_norm, folder, progress
+                step,
+                optimizer,
+                loader,
+                accelerator,
+                epoch,
+                recipe.clip_grad_norm,
+                folder,
+                progress,
+                projection,
             )
+            if averaging is not None:
+                averaging.epoch_done(epoch)
             step.eval()
             row: dict[str, Any] = {"epoch": epoch, "lr": rate, **means}
             if has_val:
@@ -208,6 +247,7 @@ def _train_epoch(
     clip_grad_norm: float | None,
     folder: RunFolder,
     progress: Progress,
+    projection: GradientProjection | None = None,
 ) -> dict[str, float]:
     """One pass; the mean of the loss and of each term, over steps and processes."""
     step.train()
@@ -215,15 +255,20 @@ def _train_epoch(
     look_every = 1 if accelerator.device.type == "cpu" else CHECK_EVERY
     for number, batch in enumerate(_batches(loader, step, accelerator), start=1):
         optimizer.zero_grad()
-        with accelerator.autocast():
+        syncing = projection.forward_context(accelerator, step) if projection else nullcontext()
+        with syncing, accelerator.autocast():
             loss, terms = step(batch)
-        for name, value in {"loss": loss.detach(), **terms}.items():
+        for name, value in {"loss": loss, **terms}.items():
+            value = value.detach()
             sums[name] = sums[name] + value if name in sums else value
         if number % look_every == 0 or number == len(loader):
             means = {name: float(value) / number for name, value in sums.items()}
             _check_loss(means, epoch, number, folder)
             progress.step_done(number, means)
-        accelerator.backward(loss)
+        if projection is None:
+            accelerator.backward(loss)
+        else:
+            projection.backward(accelerator, loss, terms[GeneralKnowledge.kind])
         if clip_grad_norm is not None:
             accelerator.clip_grad_norm_(step.parameters(), clip_grad_norm)
         optimizer.step()
@@ -283,9 +328,11 @@ class _State:
         parameters: list[nn.Parameter],
         momentum: float,
         weight_decay: float,
+        averaging: Averaging | None = None,
     ) -> None:
         self.training = training
         self.classifier = classifier
+        self.averaging = averaging
         self.optimizer = None
         if parameters:
             self.optimizer = torch.optim.SGD(
@@ -311,6 +358,8 @@ class _State:
             momentum = self.optimizer.state[parameter].get("momentum_buffer")
             if momentum is not None:
                 tensors[f"momentum/{name}"] = momentum
+        if self.averaging is not None:
+            tensors |= {f"average/{name}": value for name, value in self.averaging.sums.items()}
         folder.write_tensors(
             "state",
             tensors,
@@ -328,7 +377,7 @@ class _State:
         if not file.is_file():
             return
         tensors, about = folder.read_tensors("state")
-        parts: dict[str, dict[str, Tensor]] = {"learned": {}, "momentum": {}}
+        parts: dict[str, dict[str, Tensor]] = {"learned": {}, "momentum": {}, "average": {}}
         for key, value in tensors.items():
             part, _, name = key.partition("/")
             parts.setdefault(part, {})[name] = value
@@ -337,6 +386,8 @@ class _State:
             if name in parts["momentum"]:
                 buffer = parts["momentum"][name].to(parameter.device)
                 self.optimizer.state[parameter]["momentum_buffer"] = buffer
+        if self.averaging is not None:
+            self.averaging.restore(parts["average"])
         self.epoch = about["epoch"]
         self.seconds = about["seconds"]
         self.best_accuracy = about["best_accuracy"]

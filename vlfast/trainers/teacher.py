@@ -25,6 +25,7 @@ class ModelTeacher:
     ) -> None:
         clip = classifier.clip
         self.classifier = classifier
+        self.calibration = calibration
         self.logit_scale = clip.logit_scale.float() / calibration
         self._size = clip.image_size if clip.image_size != student.image_size else None
         self._affine: tuple[Tensor, Tensor] | None = None

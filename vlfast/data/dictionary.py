@@ -1,0 +1,76 @@
+"""A user's dictionary of class names, which class-agnostic distillation chooses from."""
+
+from __future__ import annotations
+
+import csv
+import warnings
+from pathlib import Path
+
+from vlfast.errors import VlfastError
+
+# KDPL-CA's text for every name, the teacher's and the frozen student's ([KDPL] kdpl_utils.py:68).
+DICTIONARY_TEMPLATE = "a photo of a {}."
+
+
+def read_dictionary(path: str | Path) -> tuple[str, ...]:
+    """The names of a file in UTF-8, in its order: one a line, or a .csv file with a header and one
+    column.
+
+    Names that are there already are left out, with a warning. Raises FileNotFoundError for a
+    missing file; VlfastError for another encoding, a blank line, a row of several columns or fewer
+    than two names, naming the line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"data.dictionary: there is no file {path}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise VlfastError(f"data.dictionary: {path} is not UTF-8 ({error})") from error
+    rows = _csv_rows(text, path) if path.suffix.lower() == ".csv" else _lines(text)
+    names: dict[str, int] = {}
+    repeated = []
+    for number, row in rows:
+        name = row.strip()
+        if not name.replace("_", "").strip():
+            raise VlfastError(f"data.dictionary: line {number} of {path} is blank, expected a name")
+        if name in names:
+            repeated.append(f"{name!r} (lines {names[name]} and {number})")
+        else:
+            names[name] = number
+    if len(names) < 2:
+        raise VlfastError(
+            f"data.dictionary: expected at least two names to choose from, {path} holds "
+            f"{len(names)}"
+        )
+    if repeated:
+        warnings.warn(
+            f"data.dictionary: {path} holds {len(repeated)} names twice, which count once: "
+            f"{', '.join(repeated[:3])}{', ...' if len(repeated) > 3 else ''}",
+            stacklevel=2,
+        )
+    return tuple(names)
+
+
+def _lines(text: str) -> list[tuple[int, str]]:
+    # Not splitlines(), which also splits where a name holds a rarer separator.
+    lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
+    return list(enumerate(lines, start=1))
+
+
+def _csv_rows(text: str, path: Path) -> list[tuple[int, str]]:
+    reader = csv.reader(text.splitlines(keepends=True), strict=True)
+    rows = []
+    try:
+        for row in reader:
+            if len(row) > 1:
+                raise VlfastError(
+                    f"data.dictionary: line {reader.line_num} of {path} has {len(row)} columns, "
+                    "expected one (a name with a comma stands in quotes)"
+                )
+            rows.append((reader.line_num, row[0] if row else ""))
+    except csv.Error as error:
+        raise VlfastError(
+            f"data.dictionary: line {reader.line_num} of {path} is not CSV ({error})"
+        ) from error
+    return rows[1:]

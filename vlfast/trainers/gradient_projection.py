@@ -1,0 +1,84 @@
+"""ProGrad's update rule (arXiv 2205.14865): no step against what zero-shot CLIP knows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, distributed, nn
+
+from vlfast.errors import VlfastError
+from vlfast.trainers.config import RecipeConfig
+
+
+class GradientProjection:
+    """Fills in gradients from two losses: that of the objectives, and that of general knowledge.
+
+    Of each parameter, by itself: where the two gradients g and k point apart (<g, k> < 0),
+    ``factor`` times the part of g along k is taken away: g - factor * <g, u> u with u = k / ||k||
+    (equation 4); elsewhere it is g.
+    """
+
+    def __init__(self, factor: float, parameters: Sequence[nn.Parameter]) -> None:
+        self.factor = factor
+        self.parameters = list(parameters)
+
+    def forward_context(
+        self, accelerator: Accelerator, step: nn.Module
+    ) -> AbstractContextManager[None]:
+        """For the forward pass: gradients of processes are averaged here, one loss at a time, so
+        distributed training is not to wait for them."""
+        return accelerator.no_sync(step)
+
+    def backward(self, accelerator: Accelerator, loss: Tensor, general: Tensor) -> None:
+        """Write each parameter's ``grad``, times the gradient scaler's factor where there is one,
+        as ``accelerator.backward`` does."""
+        scaler = accelerator.scaler
+        losses = [loss, general] if scaler is None else [scaler.scale(x) for x in (loss, general)]
+        of_loss, of_general = (
+            torch.autograd.grad(x, self.parameters, retain_graph=x is losses[0], allow_unused=True)
+            for x in losses
+        )
+        of_loss, of_general = _mean_over_processes(of_loss), _mean_over_processes(of_general)
+        for parameter, gradient, known in zip(self.parameters, of_loss, of_general, strict=True):
+            if gradient is not None and known is not None:
+                gradient = project(gradient, known, self.factor)
+            parameter.grad = gradient
+
+
+def project(gradient: Tensor, general: Tensor, factor: float) -> Tensor:
+    """The gradient without ``factor`` times what goes against ``general``, both of one shape; NaN
+    where their product is not finite, so that a gradient scaler sees an overflow in either."""
+    along = (gradient * general).sum()
+    # Where <g, k> is negative k is not zero.
+    share = factor * along.clamp_max(0) / general.square().sum().clamp_min(1e-38)
+    return gradient - share * general
+
+
+def _mean_over_processes(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """In one message. Which parameters a loss reaches is the same in all processes."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return list(gradients)
+    flat = torch.cat([g.flatten() for g in gradients if g is not None])
+    distributed.all_reduce(flat)
+    flat /= distributed.get_world_size()
+    mean, start = [], 0
+    for gradient in gradients:
+        if gradient is None:
+            mean.append(None)
+            continue
+        mean.append(flat[start : start + gradient.numel()].view_as(gradient))
+        start += gradient.numel()
+    return mean
+
+
+def check_projection(recipe: RecipeConfig) -> None:
+    """Raise VlfastError for a factor that is no positive number."""
+    if recipe.projection is not None and not 0 < recipe.projection < math.inf:
+        raise VlfastError(
+            f"recipe.projection: expected a positive number, got {recipe.projection}; without it "
+            "gradients stay as they are"
+        )
