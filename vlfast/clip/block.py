@@ -14,8 +14,23 @@ NEEDS_WHOLE = "which needs whole sequences"
 
 def project_qkv(attn: nn.MultiheadAttention, x: Tensor) -> Tensor:
     """Queries, keys and values of normalised rows [..., d]: [..., 3, H, E]."""
-    rows = functional.linear(x, attn.in_proj_weight, attn.in_proj_bias)
-    return rows.unflatten(-1, (3, attn.num_heads, -1))
+    return _project(attn, x, slice(None)).unflatten(-1, (3, attn.num_heads, -1))
+
+
+def project_queries(attn: nn.MultiheadAttention, x: Tensor) -> Tensor:
+    """Queries alone, [..., H, E]."""
+    return _project(attn, x, slice(None, attn.embed_dim)).unflatten(-1, (attn.num_heads, -1))
+
+
+def project_keys_values(attn: nn.MultiheadAttention, x: Tensor) -> Tensor:
+    """Keys and values alone, [..., 2, H, E]."""
+    rows = _project(attn, x, slice(attn.embed_dim, None))
+    return rows.unflatten(-1, (2, attn.num_heads, -1))
+
+
+def _project(attn: nn.MultiheadAttention, x: Tensor, which: slice) -> Tensor:
+    bias = attn.in_proj_bias
+    return functional.linear(x, attn.in_proj_weight[which], None if bias is None else bias[which])
 
 
 def finish_block(block: nn.Module, x: Tensor, attended: Tensor) -> Tensor:
