@@ -26,7 +26,7 @@ from vlfast.errors import UnknownNameError, VlfastError
 from vlfast.evaluation.protocols import evaluate_dataset
 from vlfast.objectives import Objective, Task, build_objectives
 from vlfast.ops.backends import reference_only
-from vlfast.prompts import HardPrompt, Prompts, build_prompts
+from vlfast.prompts import KINDS, HardPrompt, Prompts, build_prompts
 from vlfast.prompts.classifier import PromptedClassifier
 from vlfast.trainers.config import Config, expand_shorthand, nest_options
 from vlfast.trainers.device import make_accelerator, resolve_device
@@ -213,9 +213,9 @@ def train(
         config.data.root = str(Path(config.data.root).absolute())
     if config.data.template is not None:
         dataset = replace(dataset, template=config.data.template)
-        if config.prompts.kind != HardPrompt.kind:
+        if not issubclass(KINDS.get(config.prompts.kind, Prompts), HardPrompt):
             warnings.warn(
-                f"data.template: {config.prompts.kind} prompts have a learned context instead of "
+                f"data.template: {config.prompts.kind} prompts have words of their own instead of "
                 f"a template, so {config.data.template!r} changes nothing",
                 stacklevel=2,
             )

@@ -12,11 +12,11 @@ from tests.clip.support import TEXT, Fp32LayerNorm, OpenAIBlock, OpenAIClip, sha
 VISION = {"image_size": 32, "layers": 4, "width": 32, "head_width": 16, "patch_size": 8}
 
 
-def vision_clip(cast_dtype=None, quick_gelu=False, **vision) -> nn.Module:
+def vision_clip(cast_dtype=None, quick_gelu=False, embed_dim=24, **vision) -> nn.Module:
     """open_clip's CLIP with these options of its image tower: 16 patches, 4 blocks."""
     return shaken(
         open_clip.model.CLIP(
-            embed_dim=24,
+            embed_dim=embed_dim,
             vision_cfg={**VISION, **vision},
             text_cfg=TEXT,
             cast_dtype=cast_dtype,

@@ -58,7 +58,7 @@ def words_behind(clip: ClipModel, n_ctx: int, init: str | None) -> str:
 def check_count(
     name: str, value: object, most: int | None = None, what: str = "", hint: str = ""
 ) -> None:
-    """Raise ValueError unless ``value`` is an integer from 1 to ``most``, which ``what`` explains."""
+    """Raise ValueError unless ``value`` is an integer from 1 to ``most``, which is ``what``."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or value < 1 or (most is not None and value > most):
         wanted = "at least 1" if most is None else f"1 to {most}, {what}"

@@ -1,4 +1,4 @@
-"""Deep prompts in both towers, those of the image tower made from those of the text tower: MaPLe."""
+"""Deep prompts in both towers, the image tower's made from the text tower's: MaPLe."""
 
 from __future__ import annotations
 

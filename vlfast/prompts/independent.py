@@ -15,7 +15,8 @@ from vlfast.prompts.depth import check_text_depth, check_visual_depth, random_pr
 class IndependentPrompts(Prompts):
     """Context in the first ``depth`` blocks of the text tower and, if ``n_visual`` is given, tokens
     in the first ``visual_depth`` (by default ``depth``) blocks of the image tower: independent
-    vision-language prompting ([MaPLe] trainers/independentVL.py, [SRC] the same). Without tokens in the image tower it is deep language prompting.
+    vision-language prompting ([MaPLe] trainers/independentVL.py), the host of PromptSRC
+    (arXiv 2307.06948). Without tokens in the image tower it is deep language prompting.
 
     Words of ``init`` behind the first n_ctx stay frozen between context and name.
 
