@@ -29,7 +29,7 @@ from vlfast.evaluation.protocols import evaluate_dataset
 from vlfast.objectives import Candidates, Objective, Task, build_objectives
 from vlfast.objectives.general_knowledge import GeneralKnowledge
 from vlfast.ops.backends import reference_only
-from vlfast.prompts import HardPrompt, Prompts, build_prompts
+from vlfast.prompts import KINDS, HardPrompt, Prompts, build_prompts
 from vlfast.prompts.classifier import PromptedClassifier
 from vlfast.prompts.context import init_of_template
 from vlfast.trainers.averaging import check_averaging
@@ -225,9 +225,9 @@ def train(
         config.data.root = str(Path(config.data.root).absolute())
     if config.data.template is not None:
         dataset = replace(dataset, template=config.data.template)
-        if config.prompts.kind != HardPrompt.kind:
+        if not issubclass(KINDS.get(config.prompts.kind, Prompts), HardPrompt):
             warnings.warn(
-                f"data.template: {config.prompts.kind} prompts have a learned context instead of "
+                f"data.template: {config.prompts.kind} prompts have words of their own instead of "
                 f"a template, so {config.data.template!r} changes nothing",
                 stacklevel=2,
             )

@@ -56,7 +56,7 @@ def shaken(model: nn.Module) -> nn.Module:
 
 class Fp32LayerNorm(nn.LayerNorm):
     def forward(self, x):
-        return super().forward(x.float()).to(x.dtype)
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 class OpenAIBlock(nn.Module):

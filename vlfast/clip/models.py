@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import zipfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.nn import functional
 from vlfast.clip import bundled
 from vlfast.clip.text_tower import TextTower
 from vlfast.clip.tokens import Tokenizer, as_tokenizer
+from vlfast.clip.vision_tower import VisionTower
 from vlfast.errors import VlfastError, unknown_name
 
 WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
@@ -63,6 +65,21 @@ class ClipModel:
     def logit_scale(self) -> Tensor:
         """The factor on cosines (already exponentiated), 0-d."""
         return self.model.logit_scale.detach().exp().reshape(())
+
+    @cached_property
+    def vision_tower(self) -> VisionTower:
+        """The image tower with prompts. ValueError, with the reason, for one that takes none, such
+        as a ResNet."""
+        return VisionTower(self.model)
+
+    @cached_property
+    def embed_dim(self) -> int:
+        """D, the size of features."""
+        size = getattr(self.model.visual, "output_dim", None)
+        if isinstance(size, int):
+            return size
+        blank = torch.zeros(1, 3, self.image_size, self.image_size, device=self.device)
+        return self.encode_images(blank).shape[-1]
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, *, normalize: bool = True) -> Tensor:

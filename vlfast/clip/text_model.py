@@ -12,6 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vlfast.clip.block import (
+    block_kind,
+    differ,
+    finish_block,
+    interference,
+    is_read,
+    project_qkv,
+    why_block_whole,
+)
+
 # What these compute has been read; any other class is tried before it is trusted.
 _READ = {
     "open_clip.model.CLIP",
@@ -23,7 +33,6 @@ _READ = {
 }
 # Parameters of a model that no feature comes from.
 OF_LOGITS = ("logit_scale", "logit_bias")
-_NEEDS_WHOLE = "which needs whole sequences"
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,20 +129,11 @@ class TextModel:
     def qkv(self, layer: int, x: Tensor) -> Tensor:
         """Queries, keys and values of rows [M, d] in block ``layer``: [M, 3, H, E]."""
         block = self.blocks[layer]
-        attn = block.attn
-        rows = functional.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)
-        return rows.unflatten(1, (3, attn.num_heads, -1))
+        return project_qkv(block.attn, block.ln_1(x))
 
     def finish_block(self, layer: int, x: Tensor, attended: Tensor) -> Tensor:
         """What block ``layer`` makes of rows x [M, d] that attended to [M, H, E]: [M, d]."""
-        block = self.blocks[layer]
-        # nn.MultiheadAttention reads the parameters of its out_proj and never calls it.
-        out = block.attn.out_proj
-        attended = functional.linear(attended.flatten(1), out.weight, out.bias)
-        scale_1, scale_2 = block._modules.get("ls_1"), block._modules.get("ls_2")
-        x = x + (attended if scale_1 is None else scale_1(attended))
-        hidden = block.mlp(block.ln_2(x))
-        return x + (hidden if scale_2 is None else scale_2(hidden))
+        return finish_block(self.blocks[layer], x, attended)
 
     def pool(self, x: Tensor) -> Tensor:
         """Rows [R, d] at EOT, after the last block, to the joint space: [R, D]."""
@@ -166,12 +166,12 @@ class TextModel:
         if self.whole is not None:
             return self.whole
         called = self.tower is not self.model or not hasattr(self.model, "encode_text")
-        if called and (found := _interference(self.tower)):
+        if called and (found := interference(self.tower)):
             return f"its text tower {found}"
-        if found := _interference(self.tower.transformer):
+        if found := interference(self.tower.transformer):
             return f"transformer {found}"
         for layer, block in enumerate(self.blocks):
-            if found := _why_block_whole(block):
+            if found := why_block_whole(block):
                 return f"transformer.resblocks[{layer}]{found}"
             if block not in self._tried:
                 self._tried[block] = self._try_block(layer)
@@ -186,9 +186,9 @@ class TextModel:
         block = self.blocks[layer]
         if _is_read(block):
             return None
-        kind = _kind(block)
+        kind = block_kind(block)
         for other, verdict in self._tried.items():
-            if _kind(other) == kind:
+            if block_kind(other) == kind:
                 return verdict
         mask = getattr(block, "attn_mask", None)
         length = 8 if mask is None else mask.shape[-1]
@@ -204,7 +204,7 @@ class TextModel:
             return torch.stack([self._run_rows(layer, rows) - rows for rows in x])
 
         causal = torch.full((length, length), -torch.inf, device=x.device, dtype=x.dtype).triu(1)
-        return _differ(
+        return differ(
             ours,
             theirs,
             # What a block adds may be far smaller than what it adds it to, whose rounding remains.
@@ -234,7 +234,7 @@ class TextModel:
                 x = self._run_rows(layer, x)
             return self.pool(x[eot : eot + 1])
 
-        return _differ(
+        return differ(
             ours,
             lambda: self.encode(ids),
             slack=0.0,
@@ -354,85 +354,5 @@ def _why_whole(mask: Tensor | None, class_token: bool, pool_type: str) -> str | 
     return None
 
 
-def _why_block_whole(block: nn.Module) -> str | None:
-    """What of a block, in its present state, rules out running it on packed rows."""
-    if found := _interference(block):
-        return f" {found}"
-    modules = block._modules
-    attn, mlp = modules.get("attn"), modules.get("mlp")
-    if type(attn).forward is not nn.MultiheadAttention.forward:
-        return f".attn is {type(attn).__name__}, not nn.MultiheadAttention"
-    if found := _interference(attn):
-        return f".attn {found}"
-    if not attn._qkv_same_embed_dim:
-        return ".attn has separate weights for queries, keys and values"
-    if attn.bias_k is not None or attn.add_zero_attn:
-        return ".attn attends to a bias or to zeros beside the tokens"
-    if mlp is None or "ln_1" not in modules or "ln_2" not in modules:
-        return f" is {type(block).__name__}, which is not made of ln_1, attn, ln_2 and mlp"
-    training = attn.training or block.training or mlp.training
-    if training or any(module.training for module in mlp._modules.values()):
-        if attn.training and attn.dropout > 0:
-            return ".attn has dropout in training mode"
-        if any(_drops(module) for module in block.modules()):
-            return " has dropout in training mode"
-    return None
-
-
-def _interference(module: nn.Module) -> str | None:
-    """What is done around a module when it is called, which taking it apart would skip."""
-    state = module.__dict__
-    if state["_forward_hooks"] or state["_forward_pre_hooks"]:
-        return f"has a forward hook, {_NEEDS_WHOLE}"
-    if state["_backward_hooks"] or state["_backward_pre_hooks"]:
-        return f"has a backward hook, {_NEEDS_WHOLE}"
-    if "forward" in state or "attention" in state:
-        return f"has methods replaced in this instance, {_NEEDS_WHOLE}"
-    return None
-
-
-def _drops(module: nn.Module) -> bool:
-    """Whether it is a dropout (of units or of paths) that is at work."""
-    if not module.training or "Drop" not in type(module).__name__:
-        return False
-    return (getattr(module, "p", None) or getattr(module, "drop_prob", None) or 0) > 0
-
-
 def _is_read(module: nn.Module) -> bool:
-    name = f"{type(module).__module__}.{type(module).__qualname__}"
-    return name in _READ and "encode_text" not in module.__dict__
-
-
-def _kind(block: nn.Module) -> tuple[object, ...]:
-    """Equal for blocks that were built alike: forks give blocks of one class different tasks."""
-    plain = (bool, int, float, str, type(None))
-    options = {k: v for k, v in vars(block).items() if k != "training" and isinstance(v, plain)}
-    parts = [name for name, _ in block.named_parameters()]
-    return type(block), tuple(sorted(options.items())), tuple(parts)
-
-
-@torch.no_grad()
-def _differ(
-    ours: Callable[[], Tensor],
-    theirs: Callable[[], Tensor],
-    *,
-    slack: float,
-    device: torch.device,
-    what: str,
-) -> str | None:
-    """``what``, unless both give the same but for rounding."""
-    try:
-        with torch.autocast(device.type, enabled=False):
-            expected, found = theirs(), ours()
-        # Matrix products may round to TF32 where the dtype is fp32.
-        tolerance = max(16 * torch.finfo(expected.dtype).eps, 2e-3)
-        expected, found = expected.double(), found.double()
-        limit = tolerance * float(expected.abs().max()) + slack
-        same = expected.shape == found.shape and float((found - expected).abs().max()) <= limit
-    except Exception as error:
-        return f"{what} (tried on random input: {_first_line(error)})"
-    return None if same else what
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return is_read(module, _READ) and "encode_text" not in module.__dict__

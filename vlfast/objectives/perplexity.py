@@ -18,9 +18,12 @@ class Perplexity(Objective):
 
     Every context vector gets a soft label over its ``top_k`` nearest words (by cosine), and the
     text tower's state before it predicts a word through the tied token embedding. The two terms
-    are the cross-entropies of one with the other, averaged over the vectors (over classes too,
-    where each has its own). Only words that the model was trained on count. The paper leaves the
-    weight open: at 0.1 the term has the size of the cross-entropy.
+    are the cross-entropies of one with the other, averaged over the vectors (over classes or
+    images too, where each has its own). Of deep prompts only the vectors at the input live among
+    words and get labels; every block that replaces its context wipes out what the states before it
+    held, so that the perplexity term trains the last such block's vectors, and its inverse those at
+    the input. Only words that the model was trained on count. The paper leaves the weight open: at
+    0.1 the term has the size of the cross-entropy.
 
     top_k, temperature, inverse_weight, detach_targets: see ``vlfast.plpp_loss``.
     """
@@ -57,6 +60,12 @@ class Perplexity(Objective):
             raise ValueError(
                 f"objectives: perplexity needs context vectors in the text tower's input, "
                 f"but {prompts.kind!r} prompts have none"
+            )
+        text = clip.text_tower
+        if not text.text.causal or text.tokenizer.sot_token_id is None:
+            raise ValueError(
+                "objectives: perplexity needs a causal text tower whose texts begin with a start "
+                f"token, so that states predict what follows, but {clip.name} has none"
             )
         known = int(clip.known_tokens.sum())
         if not 1 <= self.top_k <= known:

@@ -25,8 +25,7 @@ def initial_context(clip: ClipModel, n_ctx: int | None, init: str | None) -> Ten
     end of the context, zeros before them (ProGrad). Raises ValueError where n_ctx does not fit.
     """
     if init is None:
-        if n_ctx is None or n_ctx < 1:
-            raise ValueError(f"n_ctx: expected at least 1 context token, got {n_ctx}")
+        check_count("n_ctx", n_ctx)
         return torch.randn(n_ctx, clip.text_tower.width) * INIT_STD
     padded, init = init.startswith(PADDED), init.removeprefix(PADDED)
     check_vocabulary(clip, [init], "init")
@@ -39,11 +38,13 @@ def initial_context(clip: ClipModel, n_ctx: int | None, init: str | None) -> Ten
                 f"{init.strip()!r}, got {n_ctx}"
             )
         return torch.cat([words.new_zeros(n_ctx - len(words), words.shape[1]), words])
-    if not 1 <= n_ctx <= len(words):
-        raise ValueError(
-            f"n_ctx: expected 1 to {len(words)}, the tokens of init={init!r}, got {n_ctx}; "
-            "without init the context is drawn at random, of any length"
-        )
+    check_count(
+        "n_ctx",
+        n_ctx,
+        len(words),
+        f"the tokens of init={init!r}",
+        "; without init the context is drawn at random, of any length",
+    )
     return words[:n_ctx].clone()
 
 
@@ -57,6 +58,32 @@ def init_of_template(template: str) -> str:
             f"init: the template {template!r} has no words before the class name to start from"
         )
     return f"{PADDED} {words}"
+
+
+def words_behind(clip: ClipModel, n_ctx: int, init: str | None) -> str:
+    """The words of ``init`` behind its first ``n_ctx`` tokens, which stay as they are: of "a photo
+    of a", "of a" for 2 ([MaPLe] trainers/maple.py). ValueError where they can't be told apart."""
+    if init is None:
+        return ""
+    tokenizer = clip.tokenizer
+    rest = tokenizer.encode(init)[n_ctx:]
+    words = tokenizer.decode(rest).strip() if rest else ""
+    # With a space in front, since other words precede.
+    if (tokenizer.encode(f" {words}") if words else []) != list(rest):
+        raise ValueError(
+            f"n_ctx: expected a count that parts init={init!r} between words, got {n_ctx}"
+        )
+    return words
+
+
+def check_count(
+    name: str, value: object, most: int | None = None, what: str = "", hint: str = ""
+) -> None:
+    """Raise ValueError unless ``value`` is an integer from 1 to ``most``, which is ``what``."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < 1 or (most is not None and value > most):
+        wanted = "at least 1" if most is None else f"1 to {most}, {what}"
+        raise ValueError(f"{name}: expected {wanted}, got {value}{hint}")
 
 
 class SharedContext(Prompts):
