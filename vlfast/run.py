@@ -29,7 +29,7 @@ from vlfast.evaluation.protocols import evaluate_dataset
 from vlfast.objectives import Candidates, Objective, Task, build_objectives
 from vlfast.objectives.general_knowledge import GeneralKnowledge
 from vlfast.ops.backends import reference_only
-from vlfast.prompts import KINDS, HardPrompt, Prompts, build_prompts
+from vlfast.prompts import KINDS, HardPrompt, Prompts, build_prompts, tower_blocks
 from vlfast.prompts.classifier import PromptedClassifier
 from vlfast.prompts.context import init_of_template
 from vlfast.trainers.averaging import check_averaging
@@ -180,7 +180,7 @@ def fit(
             given[section] = {**given.get(section, {}), **value}
     if output is not None:
         given["output"] = str(output)
-    config = resolve_config(given)
+    config = resolve_config(given, None if clip is None else tower_blocks(clip))
     return train(config, clip=clip, dataset=dataset, show_progress=show_progress)
 
 

@@ -105,7 +105,7 @@ def model_names() -> list[str]:
     return [*bundled.BUNDLED, *open_clip.list_models()]
 
 
-def tower_blocks(name: str) -> tuple[int, int]:
+def blocks_of(name: str) -> tuple[int, int]:
     """How many blocks the text and the image tower of a model have, by its name alone: for a name
     that open_clip does not know (a file, a model built in Python), CLIP's usual 12 and 12. Image
     towers of several stages count them all."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vlfast.clip.models import tower_blocks
+from vlfast.clip.models import blocks_of
 from vlfast.errors import VlfastError, unknown_name
 from vlfast.objectives import KINDS, complete
 from vlfast.prompts.ensemble import OWN, SELECTED
@@ -48,8 +48,9 @@ class Case:
         return min(depth, self.blocks[0])
 
     def image_depth(self, depth: int) -> int:
-        """``depth`` blocks, or all that the model's image tower has."""
-        return min(depth, self.blocks[1])
+        """``depth`` blocks, or all that the model's image tower has; one that takes no tokens says
+        so itself, later on."""
+        return min(depth, self.blocks[1] or depth)
 
 
 @dataclass(frozen=True)
@@ -515,7 +516,7 @@ def resolve_config(given: Mapping[str, Any], blocks: tuple[int, int] | None = No
     case = Case(
         partial.data,
         setting_of(partial.data, recipe.get("setting", "auto")),
-        blocks or tower_blocks(partial.model.name),
+        blocks or blocks_of(partial.model.name),
         given.get("prompts", {}).get("kind"),
     )
     filled = recipe_config(name, case)
