@@ -45,6 +45,16 @@ class ClipModel:
         return self.text_tower.text.device
 
     @property
+    def width(self) -> int:
+        """D, the size of the features."""
+        text = self.text_tower.text
+        if text.text_projection is None:
+            return text.width
+        if isinstance(text.text_projection, Tensor):
+            return text.text_projection.shape[1]
+        return [p for p in text.text_projection.parameters() if p.ndim == 2][-1].shape[0]
+
+    @property
     def token_embedding(self) -> Tensor:
         """[V, d], detached."""
         return self.text_tower.text.token_embedding.weight.detach()

@@ -72,9 +72,16 @@ class PromptedClassifier:
     def class_features(self) -> Tensor:
         """Class features for evaluation, [C, D] without autograd: computed again only where the
         prompts or the model have changed. Not for prompts of single images."""
+        if self.prompts.fixed_classes:
+            return self.encode_text().features
         modules = [*self.prompts.modules(), *self.clip.text_tower.text.modules()]
         learned = self.prompts.state_dict().values()
         return self._features.get(modules, lambda: self.encode_text().features, learned)
+
+    @property
+    def width(self) -> int:
+        """D, the size of the features."""
+        return self.prompts.width or self.clip.width
 
     def logits(self, images: Tensor, class_features: Tensor) -> Tensor:
         """Logit scale times cosine, fp32 [B, C], from normalised image features [B, D] and class
