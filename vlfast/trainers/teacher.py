@@ -53,6 +53,7 @@ class ModelTeacher:
             )
         prompts.eval().requires_grad_(False)
         self.classifier = classifier
+        self.calibration = calibration
         self.logit_scale = clip.logit_scale.float() / calibration
         self.width = classifier.width
         self._size = clip.image_size if clip.image_size != student.image_size else None
@@ -117,6 +118,7 @@ class StoredTeacher:
         self, store: FeatureStore, device: torch.device, *, calibration: float = 1.0
     ) -> None:
         self.store = store
+        self.calibration = calibration
         names, features = store.class_features()
         self._features = features.to(device)
         self._row_of = {name: row for row, name in reversed(list(enumerate(names)))}
