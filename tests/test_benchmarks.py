@@ -143,7 +143,8 @@ def test_all_towers_agree(make, mode, monkeypatch):
     calls = {side: contest.first_call(problem, side, mode) for side in problem.sides}
     found = contest.errors(problem, calls)
     assert OURS in found and PADDED in found
-    assert max(found.values()) < 1e-5, found
+    # Batch norm divides by how little the images differ, and rounding grows with it.
+    assert max(found.values()) < (1e-4 if problem.tolerance == 1e-3 else 1e-5), found
     assert mode == "forward" or all((x != 0).any() for x in calls[PADDED].outputs)
 
 
