@@ -1,9 +1,12 @@
-"""Whole training steps of CoOp and CoCoOp, ViT-B/32: images in, learned vectors updated."""
+"""Whole training steps of CoOp, CoCoOp and PromptKD, ViT-B/32: images in, learned vectors updated.
+
+With stored features the frozen models' part of a step is read instead of computed.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.contest import TRAINING_STEP, Case, Problem
+from benchmarks.contest import OURS, TRAINING_STEP, Case, Problem
 from benchmarks.padded import (
     CUT,
     MOST_ON_A_CPU,
@@ -26,6 +29,8 @@ from benchmarks.padded import (
 )
 from vlfast.clip.text_tower import TextTower
 from vlfast.clip.tokens import PromptTokens
+from vlfast.ops import symmetric_kl_loss
+from vlfast.prompts.projected import make_projector
 
 MOST_LOOPED = 800  # images x classes at 77 tokens: more take minutes a step on a CPU
 
@@ -36,15 +41,17 @@ def make_coop(
     *,
     images: int = 32,
     n_ctx: int = 16,
+    stored: bool = False,
     config: Mapping[str, Any] | None = None,
 ) -> Problem:
-    """CoOp: one context for all images."""
+    """CoOp: one context for all images. stored: ours reads the image features."""
     model, names = build_clip(config, device), class_names(classes)
     tower, tokens, context = our_tower(model, names, n_ctx)
     batch, labels = random_images(model, images, classes)
+    read = encode_images(model, batch) if stored else None
 
     def ours() -> Tensor:
-        image_features = encode_images(model, batch)
+        image_features = read if stored else encode_images(model, batch)
         return cross_entropy(model, image_features, tower(context, tokens).features, labels)
 
     def padded(cut: bool) -> Loss:
@@ -128,6 +135,111 @@ def make_cocoop(
     )
 
 
+def make_promptkd(
+    classes: int,
+    device: str,
+    *,
+    images: int = 8,
+    n_visual: int = 4,
+    depth: int = 9,
+    config: Mapping[str, Any] | None = None,
+    teacher_config: Mapping[str, Any] | None = None,
+) -> Problem:
+    """PromptKD: tokens in the image tower and a projector learn from a teacher, ViT-L/14.
+
+    Ours reads the teacher's features; their code computes its class features and its image features
+    in each step. The student is the same plain one on both sides, and the teacher's own tokens,
+    which cost little, are left out.
+    """
+    model, names = build_clip(config, device), class_names(classes)
+    teacher = build_clip(teacher_config or open_clip.get_model_config("ViT-L-14"), device)
+    batch, _ = random_images(model, images, classes)
+    context = 0.02 * torch.randn(n_visual, teacher.transformer.width, device=device)
+    width = model.visual.conv1.out_channels
+    prompts = [0.02 * torch.randn(n_visual, width, device=device) for _ in range(depth)]
+    leaves = [prompt.requires_grad_() for prompt in prompts]
+    out = teacher.text_projection.shape[1]
+    projector = make_projector(model.text_projection.shape[1], out, 2).to(device)
+    # Batch norm takes the first layer's bias away: its gradient is 0 but for rounding.
+    projector[0].bias.requires_grad_(False)
+    leaves += learnable(projector)
+    size = teacher.visual.image_size
+
+    def of_teacher(its_tower: PaddedTower, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True)
+        with torch.no_grad():
+            return encode_images(its_tower.model, pixels), F.normalize(its_tower(context), dim=-1)
+
+    def of_student(classes: Tensor) -> Tensor:
+        features = projector(prompted_images(model.visual, batch, prompts))
+        return F.normalize(features, dim=-1) @ classes.T
+
+    scale = model.logit_scale.exp().detach()
+    its_scale = teacher.logit_scale.exp().detach()
+    read, read_classes = of_teacher(PaddedTower(teacher, names, n_visual), batch)
+
+    def ours() -> Tensor:
+        return symmetric_kl_loss(
+            of_student(read_classes),
+            read @ read_classes.T,
+            student_scale=scale,
+            teacher_scale=its_scale,
+            forward_weight=1.0,
+            reverse_weight=0.0,
+            reduction="mean",
+        )
+
+    def padded(cut: bool) -> Loss:
+        its_tower = PaddedTower(teacher, names, n_visual, cut=cut)
+
+        def theirs() -> Tensor:
+            its_images, its_classes = of_teacher(its_tower, batch)
+            log_p = F.log_softmax(scale * of_student(its_classes), dim=-1)
+            q = F.softmax(its_scale * its_images @ its_classes.T, dim=-1)
+            return F.kl_div(log_p, q, reduction="sum") / q.numel()
+
+        return theirs
+
+    def exact() -> list[Tensor]:
+        visual, its_projector = copy.deepcopy(model.visual).double(), copy.deepcopy(projector)
+        its_projector.double()
+        its_prompts = [prompt.detach().double().requires_grad_() for prompt in prompts]
+        its_classes, its_images = read_classes.double(), read.double()
+        features = its_projector(prompted_images(visual, batch.double(), its_prompts))
+        log_p = F.log_softmax(scale * F.normalize(features, dim=-1) @ its_classes.T, dim=-1)
+        q = F.softmax(its_scale * its_images @ its_classes.T, dim=-1)
+        loss = F.kl_div(log_p, q, reduction="sum") / q.numel()
+        its_leaves = [*its_prompts, *learnable(its_projector)]
+        return [loss.detach(), *torch.autograd.grad(loss, its_leaves)]
+
+    return Problem(
+        sides={OURS: ours, PADDED: padded(False), CUT: padded(True)},
+        leaves=leaves,
+        exact=exact,
+        optimizer=torch.optim.SGD(leaves, lr=0.005, momentum=0.9, weight_decay=5e-4),
+        tolerance=1e-3,
+    )
+
+
+def prompted_images(visual: nn.Module, pixels: Tensor, prompts: Sequence[Tensor]) -> Tensor:
+    """Features [B, D] of a ViT whose first blocks have tokens of their own behind the patches'."""
+    x = visual.conv1(pixels).flatten(2).mT
+    x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], dim=1)
+    x = x + visual.positional_embedding
+    length = x.shape[1]
+    first, *deeper = (prompt.expand(len(x), -1, -1) for prompt in prompts)
+    x = visual.ln_pre(torch.cat([x, first], dim=1))
+    for layer, block in enumerate(visual.transformer.resblocks):
+        if 0 < layer <= len(deeper):
+            x = torch.cat([x[:, :length], deeper[layer - 1]], dim=1)
+        x = block(x)
+    return visual.ln_post(x[:, 0]) @ visual.proj
+
+
+def learnable(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
 def our_tower(
     model: open_clip.CLIP, names: list[str], n_ctx: int
 ) -> tuple[TextTower, PromptTokens, Tensor]:
@@ -161,9 +273,14 @@ def sgd(leaves: list[Tensor]) -> torch.optim.SGD:
     return torch.optim.SGD(leaves, lr=0.002, momentum=0.9, weight_decay=5e-4)
 
 
-def coop(classes: int, *, full: bool = False) -> Case:
-    name = f"CoOp, 32 images, {classes} classes"
-    return step_case(name, partial(make_coop, classes), full)
+def coop(classes: int, *, stored: bool = False, full: bool = False) -> Case:
+    name = f"CoOp, 32 {'stored ' * stored}images, {classes} classes"
+    return step_case(name, partial(make_coop, classes, stored=stored), full)
+
+
+def promptkd(classes: int, *, full: bool = False) -> Case:
+    name = f"PromptKD, 8 images, stored teacher, {classes} classes"
+    return step_case(name, partial(make_promptkd, classes), full)
 
 
 def cocoop(images: int, classes: int, *, full: bool = False) -> Case:
@@ -188,6 +305,8 @@ CASES = [
     coop(100),
     coop(400, full=True),
     coop(1000, full=True),
+    coop(100, stored=True),
+    promptkd(100, full=True),
     cocoop(1, 50),
     cocoop(1, 100),
     cocoop(1, 400, full=True),

@@ -45,8 +45,13 @@ def make_in_terms(device):
 
 TINY = {
     "embed_dim": 128,
-    "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 64, "layers": 1},
+    "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 64, "layers": 2},
     "text_cfg": {"context_length": 77, "width": 64, "heads": 2, "layers": 3},
+}
+LARGER = {
+    "embed_dim": 192,
+    "vision_cfg": {"image_size": 48, "patch_size": 16, "width": 96, "head_width": 32, "layers": 1},
+    "text_cfg": {"context_length": 77, "width": 96, "heads": 2, "layers": 2},
 }
 CASES = [
     Case("right", partial(make, 1.0)),
@@ -126,8 +131,10 @@ def test_a_side_that_computes_another_thing_is_not_raced():
         partial(bench_text_tower.make, 7, per="image", images=2, n_ctx=4),
         partial(bench_step.make_coop, 7, images=3),
         partial(bench_step.make_cocoop, 3, 7),
+        partial(bench_step.make_coop, 7, images=3, stored=True),
+        partial(bench_step.make_promptkd, 7, images=3, depth=2, teacher_config=LARGER),
     ],
-    ids=["all", "class", "middle", "image", "CoOp", "CoCoOp"],
+    ids=["all", "class", "middle", "image", "CoOp", "CoCoOp", "stored CoOp", "PromptKD"],
 )
 @pytest.mark.parametrize("mode", contest.MODES)
 def test_all_towers_agree(make, mode, monkeypatch):
@@ -136,7 +143,8 @@ def test_all_towers_agree(make, mode, monkeypatch):
     calls = {side: contest.first_call(problem, side, mode) for side in problem.sides}
     found = contest.errors(problem, calls)
     assert OURS in found and PADDED in found
-    assert max(found.values()) < 1e-5, found
+    # Batch norm divides by how little the images differ, and rounding grows with it.
+    assert max(found.values()) < (1e-4 if problem.tolerance == 1e-3 else 1e-5), found
     assert mode == "forward" or all((x != 0).any() for x in calls[PADDED].outputs)
 
 

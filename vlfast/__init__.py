@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vlfast.data.catalog import load_dataset
     from vlfast.data.dataset import Dataset, Split
     from vlfast.errors import VlfastError
+    from vlfast.features import store_features
     from vlfast.run import Prediction, Run, fit, load, resume
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "plpp_loss",
     "plpp_terms",
     "resume",
+    "store_features",
     "symmetric_kl_loss",
     "wrap_clip",
 ]
@@ -52,6 +54,7 @@ _LAZY = {
     "fit": "vlfast.run",
     "load": "vlfast.run",
     "resume": "vlfast.run",
+    "store_features": "vlfast.features",
 }
 
 

@@ -1,4 +1,4 @@
-"""The command line: vlfast train, evaluate, predict, demo, recipes, doctor."""
+"""The command line: vlfast train, features, evaluate, predict, demo, recipes, doctor."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "train": "train a recipe and test it",
+    "features": "store what the frozen models make of the training images, to train from",
     "evaluate": "test a run",
     "predict": "name what images show",
     "demo": "train zero-shot, CoOp and CoOp+PLPP on icons, and show the difference",
@@ -67,7 +68,7 @@ def _train(argv: list[str]) -> None:
     from vlfast.run import default_output, resume, train
     from vlfast.trainers.recipes import resolve_config
 
-    options = _train_options(argv)
+    options = _config_options(argv, "train", _train_arguments)
     if options["resume"]:
         if options["given"]:
             names = ", ".join(sorted(options["given"]))
@@ -107,12 +108,45 @@ def _stoppable(start: Callable[[Any], Run], what: Any, folder: str) -> Run:
         sys.exit(INTERRUPTED)
 
 
-def _train_options(argv: list[str]) -> dict[str, Any]:
-    """{"given": nested options from the YAML files and the command line, "resume": a folder or
-    None, "print_config": bool}."""
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--resume", metavar="DIR", help="go on with the run in this folder")
+    parser.add_argument(
+        "--print_config", action="store_true", help="print the full config as YAML, and stop"
+    )
+
+
+def _features(argv: list[str]) -> None:
+    from vlfast.features import write_features
+    from vlfast.trainers.recipes import resolve_config
+
+    options = _config_options(argv, "features", _features_arguments)
+    given = options["given"]
+    if options["views"] is not None:
+        given = {**given, "data": {**given.get("data", {}), "views": options["views"]}}
+    if "output" not in given:
+        raise VlfastError("--output: expected the folder that the features go to")
+    path = write_features(resolve_config(given), given["output"], dtype=options["dtype"] or "fp32")
+    print(f"features: {path}")
+
+
+def _features_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--views", type=int, help="short for --data.views")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "fp16"), help="what is kept on disk, fp32 by default"
+    )
+
+
+def _config_options(
+    argv: list[str], command: str, add_arguments: Callable[[argparse.ArgumentParser], None]
+) -> dict[str, Any]:
+    """{"given": nested options from the YAML files and the command line}, and what the command's
+    own arguments got, None where they were not given."""
     from vlfast.trainers.config import SHORTHAND, config_parser, merge_options, one_line
 
-    parser = config_parser("vlfast train", COMMANDS["train"])
+    parser = config_parser(f"vlfast {command}", COMMANDS[command])
+    ours = {action.dest for action in parser._actions}
+    add_arguments(parser)
+    own = [action.dest for action in parser._actions if action.dest not in ours]
     parser.add_argument(
         "--config", action="append", metavar="FILE", help="a YAML file with these options"
     )
@@ -121,10 +155,6 @@ def _train_options(argv: list[str]) -> dict[str, Any]:
     )
     parser.add_argument(
         "--add", action="append", help="an objective besides: a kind, or {kind: ..., weight: ...}"
-    )
-    parser.add_argument("--resume", metavar="DIR", help="go on with the run in this folder")
-    parser.add_argument(
-        "--print_config", action="store_true", help="print the full config as YAML, and stop"
     )
     for action in parser._actions:
         name = action.option_strings[0].removeprefix("--") if action.option_strings else ""
@@ -135,7 +165,7 @@ def _train_options(argv: list[str]) -> dict[str, Any]:
         given = parser.parse_args(_long_form(argv, SHORTHAND), defaults=False).as_dict()
     except argparse.ArgumentError as error:
         raise VlfastError(_suggest(one_line(error), parser)) from error
-    options = {key: given.pop(key, None) for key in ("config", "resume", "print_config")}
+    options = {key: given.pop(key, None) for key in ("config", *own)}
     for key in ("objective", "add"):
         if key in given:
             values = given[key] if isinstance(given[key], list) else [given[key]]

@@ -6,9 +6,10 @@ import copy
 import platform
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,16 +33,21 @@ from vlfast.ops.backends import reference_only
 from vlfast.prompts import KINDS, HardPrompt, Prompts, build_prompts, tower_blocks
 from vlfast.prompts.classifier import PromptedClassifier
 from vlfast.prompts.context import init_of_template
+from vlfast.prompts.projected import ClassTable, ProjectedPrompts
 from vlfast.trainers.averaging import check_averaging
+from vlfast.trainers.batches import check_views, open_stores
 from vlfast.trainers.config import Config, expand_shorthand, nest_options
 from vlfast.trainers.device import make_accelerator, resolve_device
+from vlfast.trainers.feature_store import FeatureStore, about_data
 from vlfast.trainers.fit import fit_prompts
 from vlfast.trainers.gradient_projection import check_projection
 from vlfast.trainers.images import TEST_BATCH, view_config
 from vlfast.trainers.recipes import resolve_config
 from vlfast.trainers.run_folder import CHECKPOINTS, RunFolder, load_learned
-from vlfast.trainers.teacher import ModelTeacher
+from vlfast.trainers.teacher import ModelTeacher, StoredTeacher, check_teacher
 from vlfast.version import __version__
+
+CLASS_FEATURES = "class_features"  # what a run's folder keeps of a teacher
 
 
 @dataclass(frozen=True)
@@ -142,7 +148,8 @@ class Run:
         """Copy what ``vlfast.load`` needs (config, checkpoints, result) to another folder."""
         target = RunFolder(path)
         target.start(self.config)
-        for name in [*(f"{c}.safetensors" for c in CHECKPOINTS), "metrics.jsonl", "result.json"]:
+        tensors = [f"{name}.safetensors" for name in (*CHECKPOINTS, CLASS_FEATURES)]
+        for name in [*tensors, "metrics.jsonl", "result.json"]:
             if (self.folder.path / name).is_file():
                 shutil.copyfile(self.folder.path / name, target.path / name)
         return target.path
@@ -167,6 +174,19 @@ def fit(
 
     Raises VlfastError (or one of its kind) naming the option, what came and what was expected.
     """
+    config, clip, dataset = resolve_given(
+        recipe, model, data, {**overrides, **({} if output is None else {"output": str(output)})}
+    )
+    return train(config, clip=clip, dataset=dataset, show_progress=show_progress)
+
+
+def resolve_given(
+    recipe: str,
+    model: str | Mapping[str, Any] | ClipModel | None,
+    data: str | Mapping[str, Any] | Dataset | None,
+    overrides: Mapping[str, Any],
+) -> tuple[Config, ClipModel | None, Dataset | None]:
+    """What ``fit`` was given as a full Config, and the model and the dataset that came as such."""
     given = nest_options(overrides)
     given["recipe"] = {**given.get("recipe", {}), "name": recipe}
     clip = model if isinstance(model, ClipModel) else None
@@ -178,10 +198,8 @@ def fit(
     for section, value in expand_shorthand({"model": model, "data": data}).items():
         if value is not None:
             given[section] = {**given.get(section, {}), **value}
-    if output is not None:
-        given["output"] = str(output)
-    config = resolve_config(given, None if clip is None else tower_blocks(clip))
-    return train(config, clip=clip, dataset=dataset, show_progress=show_progress)
+    blocks = None if clip is None else tower_blocks(clip)
+    return resolve_config(given, blocks), clip, dataset
 
 
 def train(
@@ -194,6 +212,7 @@ def train(
 ) -> Run:
     """Train and test what a full Config says; ``fit`` and the command line end here."""
     config = copy.deepcopy(config)
+    check_config(config)
     config.output = str(config.output or default_output(config))
     check_averaging(config.recipe)
     check_projection(config.recipe)
@@ -213,16 +232,7 @@ def train(
             )
         device = clip.device
     accelerator = make_accelerator(device, config.model.precision)
-    if clip is None:
-        clip = _load_recorded_clip(config, accelerator.device)
-    elif config.model.max_memory is not None:
-        clip.text_tower.max_memory = config.model.max_memory
-    if dataset is None:
-        dataset = _load_recorded_dataset(config)
-    # What the run's folder records must be found again from another working directory.
-    config.model.name, config.model.pretrained = clip.name, clip.pretrained
-    if config.data.root is not None:
-        config.data.root = str(Path(config.data.root).absolute())
+    clip, dataset = load_parts(config, accelerator.device, clip, dataset)
     if config.data.template is not None:
         dataset = replace(dataset, template=config.data.template)
         if not issubclass(KINDS.get(config.prompts.kind, Prompts), HardPrompt):
@@ -243,28 +253,37 @@ def train(
     if not config.data.unlabelled:
         drawn = drawn.restrict(config.data.classes)
 
+    teacher = load_teacher(config, clip, drawn.classnames, dataset.template)
+    table = _class_table(config, dataset, teacher)
     torch.manual_seed(config.seed)
-    prompts = _build_prompts(config, clip, drawn.num_classes)
+    prompts = _build_prompts(config, clip, drawn.num_classes, table)
     classifier = PromptedClassifier(clip, prompts, drawn.classnames, dataset.template)
     vectors = prompts.context_vectors()
     config.prompts.n_ctx = None if vectors is None else vectors.shape[-2]
     classifier.tokens.check_fits(config.prompts.n_ctx or 0, clip.text_tower.context_length)
     objectives = build_objectives(config.objectives)
     general = None if config.recipe.projection is None else GeneralKnowledge()
-    task = Task(
-        classifier,
-        dataset.name,
-        teacher=_load_teacher(config, clip, drawn.classnames, dataset.template),
-        labelled=not config.data.unlabelled,
-    )
+    task = Task(classifier, dataset.name, teacher=teacher, labelled=not config.data.unlabelled)
     if names is not None:
         task = _learn_from_dictionary(task, names, config)
     _check_task(task, objectives)
+    stores: dict[str, FeatureStore] = {}
+    if config.recipe.epochs and len(drawn.train):
+        batch = min(config.recipe.batch_size, len(drawn.train)) // accelerator.num_processes
+        _check_batch(prompts, batch)
+        stores = open_stores(config, clip, teacher, about_data(config, dataset, fingerprint, clip))
+        if config.data.augment and config.data.views is None and stores:
+            config.data.views = min(store.views for store in stores.values())
 
     if not resume and accelerator.is_main_process:
         folder.start(config)
     accelerator.wait_for_everyone()
     with reference_only() if config.reference else nullcontext():
+        if table is not None:
+            features = table.fill(dataset.template)
+            if accelerator.is_main_process:
+                about = {"classnames": table.names, "template": table.template}
+                folder.write_tensors(CLASS_FEATURES, {"features": features}, about)
         for part in (*objectives, general, task.candidates):
             if part is not None:
                 part.prepare(task)
@@ -277,6 +296,7 @@ def train(
             accelerator,
             classifier=classifier,
             general=general,
+            stores=stores,
             resume=resume,
             show_progress=show_progress,
         )
@@ -350,7 +370,8 @@ def load(
             f"clip: this run was trained on {config.model.name} ({config.model.pretrained}), "
             f"got {clip.name} ({clip.pretrained})"
         )
-    prompts = _build_prompts(config, clip, len(about["classnames"]))
+    table = _kept_class_table(config, folder, clip)
+    prompts = _build_prompts(config, clip, len(about["classnames"]), table)
     own = {name: t for name, t in tensors.items() if not name.startswith("objectives.")}
     load_learned(prompts.state_dict(), own, folder.path / f"{checkpoint}.safetensors")
     classifier = PromptedClassifier(clip, prompts, about["classnames"], about["template"])
@@ -397,15 +418,61 @@ def _load_recorded_dataset(config: Config) -> Dataset:
         ) from error
 
 
-def _load_teacher(
+def check_config(config: Config) -> None:
+    """Raise VlfastError for options that contradict each other, before anything is loaded."""
+    check_teacher(config.teacher)
+    check_views(config.data)
+
+
+def load_parts(
+    config: Config, device: torch.device, clip: ClipModel | None, dataset: Dataset | None
+) -> tuple[ClipModel, Dataset]:
+    """The model and the dataset of a config, those that are given as they are. Files and folders in
+    the config become absolute: it must be found again from another working directory."""
+    if clip is None:
+        clip = _load_recorded_clip(config, device)
+    elif config.model.max_memory is not None:
+        clip.text_tower.max_memory = config.model.max_memory
+    if dataset is None:
+        dataset = _load_recorded_dataset(config)
+    config.model.name, config.model.pretrained = clip.name, clip.pretrained
+    data, teacher = config.data, config.teacher
+    data.root, data.features = _absolute(data.root), _absolute(data.features)
+    teacher.run, teacher.features = _absolute(teacher.run), _absolute(teacher.features)
+    return clip, dataset
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).absolute())
+
+
+def load_teacher(
     config: Config, student: ClipModel, classnames: Sequence[str], template: str
-) -> ModelTeacher | None:
+) -> ModelTeacher | StoredTeacher | None:
+    """The teacher that the config names, on the student's device, or None. Files in the config
+    become absolute.
+
+    classnames, template: what its class features will be of. Raises FileNotFoundError or
+    VlfastError, with the reason, for one that is missing or can't serve.
+    """
     options = config.teacher
-    if options.name is None:
+    if options.features is not None:
+        teacher = StoredTeacher(
+            FeatureStore(options.features, "teacher.features"),
+            student.device,
+            calibration=options.calibration,
+        )
+        teacher.class_features(classnames, options.template)
+        return teacher
+    if options.run is not None:
+        classifier = _teaching_run(options.run, student.device, classnames, options.template)
+    elif options.name is not None:
+        clip = load_clip(options.name, options.pretrained, device=student.device)
+        options.name, options.pretrained = clip.name, clip.pretrained
+        template = options.template or template
+        classifier = PromptedClassifier(clip, HardPrompt(), classnames, template)
+    else:
         return None
-    clip = load_clip(options.name, options.pretrained, device=student.device)
-    clip.text_tower.max_memory = config.model.max_memory
-    classifier = PromptedClassifier(clip, HardPrompt(), classnames, options.template or template)
     return ModelTeacher(classifier, student, calibration=options.calibration)
 
 
@@ -434,6 +501,88 @@ def _learn_from_dictionary(task: Task, names: tuple[str, ...], config: Config) -
     )
 
 
+def _teaching_run(
+    path: str, device: torch.device, classnames: Sequence[str], template: str | None
+) -> PromptedClassifier:
+    if not Path(path, "config.yaml").is_file():
+        raise FileNotFoundError(f"teacher.run: {path} is not a run's folder, it has no config.yaml")
+    classifier = load(path, device=str(device)).classifier
+    if template is not None:
+        if not isinstance(classifier.prompts, HardPrompt):
+            raise VlfastError(
+                f"teacher.template: {path} has learned {classifier.prompts.kind} prompts instead "
+                f"of a template, got {template!r}"
+            )
+        classifier = replace_template(classifier, template)
+    try:
+        classifier.for_classes(classnames)
+    except ValueError as error:
+        raise VlfastError(f"teacher.run: {path} can't teach these classes; {error}") from error
+    return classifier
+
+
+def _follows_template(config: Config) -> bool:
+    """Whether the teacher's class features depend on the dataset's template."""
+    return config.teacher.name is not None and config.teacher.template is None
+
+
+def _class_table(
+    config: Config, dataset: Dataset, teacher: ModelTeacher | StoredTeacher | None
+) -> ClassTable | None:
+    """The teacher's features of all the dataset's classes, where the prompts are to have them."""
+    if config.prompts.class_features == "own":
+        return None
+    if teacher is None:
+        raise VlfastError(
+            "prompts.class_features: the teacher's asked for, but there is no teacher: --teacher "
+            "NAME, a model, --teacher.run DIR, a run, or --teacher.features DIR, stored features"
+        )
+    follows = _follows_template(config)
+    return ClassTable(
+        dataset.classnames,
+        dataset.template if follows else None,
+        width=teacher.width,
+        ask=lambda names, template: teacher.class_features(names, template if follows else None),
+    )
+
+
+def _kept_class_table(config: Config, folder: RunFolder, clip: ClipModel) -> ClassTable | None:
+    """What a run's folder keeps; its teacher is loaded only if it is asked for other classes."""
+    if config.prompts.class_features == "own":
+        return None
+    tensors, about = folder.read_tensors(CLASS_FEATURES)
+    features = tensors["features"].to(clip.device)
+    return ClassTable(
+        about["classnames"],
+        about["template"],
+        width=features.shape[1],
+        features=features,
+        ask=_ask_recorded_teacher(config, clip, about["classnames"]),
+    )
+
+
+def _ask_recorded_teacher(
+    config: Config, clip: ClipModel, classnames: Sequence[str]
+) -> Callable[[Sequence[str], str], Tensor]:
+    follows = _follows_template(config)
+
+    @cache
+    def teacher(template: str) -> ModelTeacher | StoredTeacher:
+        return load_teacher(config, clip, classnames, template)
+
+    def ask(names: Sequence[str], template: str) -> Tensor:
+        try:
+            return teacher(template).class_features(names, template if follows else None)
+        except (OSError, ValueError, VlfastError) as error:
+            raise VlfastError(
+                f"classnames: this run keeps the teacher's features of its own classes; for "
+                f"{', '.join(map(repr, names[:3]))}{', ...' * (len(names) > 3)} it needs the "
+                f"teacher: {error}"
+            ) from error
+
+    return ask
+
+
 def _check_task(task: Task, objectives: Sequence[Objective]) -> None:
     for objective in objectives:
         if objective.needs_teacher and task.teacher is None:
@@ -452,18 +601,30 @@ def _check_task(task: Task, objectives: Sequence[Objective]) -> None:
         objective.check(task)
 
 
+def _check_batch(prompts: Prompts, batch: int) -> None:
+    if batch < prompts.least_batch > 1:
+        raise VlfastError(
+            f"recipe.batch_size: the projector's batch norm needs at least {prompts.least_batch} "
+            f"images a step in each process, got {batch}"
+        )
+
+
 @torch.no_grad()
 def _features(classifier: PromptedClassifier, pixels: Tensor) -> Tensor:
     return classifier.encode_images(pixels)
 
 
-def _build_prompts(config: Config, clip: ClipModel, num_classes: int) -> Prompts:
+def _build_prompts(
+    config: Config, clip: ClipModel, num_classes: int, table: ClassTable | None
+) -> Prompts:
+    """In eval mode. table: the teacher's class features, where they are to have them."""
     options = asdict(config.prompts)
-    for of_student in ("projector", "class_features"):
-        options.pop(of_student)
-    return build_prompts(options.pop("kind"), clip, num_classes=num_classes, **options).to(
-        clip.device
-    )
+    layers = options.pop("projector")
+    options.pop("class_features")
+    prompts = build_prompts(options.pop("kind"), clip, num_classes=num_classes, **options)
+    if layers is not None or table is not None:
+        prompts = ProjectedPrompts(clip, prompts.to(clip.device), layers=layers, classes=table)
+    return prompts.to(clip.device).eval()
 
 
 def _device_name(device: torch.device) -> str:

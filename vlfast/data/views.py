@@ -31,6 +31,12 @@ def view_seed(seed: int, epoch: int, image: int) -> int:
     return int(np.random.SeedSequence([seed, epoch, image]).generate_state(1, np.uint64)[0] >> 1)
 
 
+def view_number(epoch: int, views: int | None) -> int:
+    """Which view of every image ``epoch`` (the first is 1) sees: ``views`` of them in turn, or a
+    new one in each epoch."""
+    return epoch if views is None else 1 + (epoch - 1) % views
+
+
 def eval_transform(config: ViewConfig) -> v2.Compose:
     """Shorter side to size, centre crop, normalise: PIL RGB image to float [3, size, size]."""
     return v2.Compose([*_resize_and_crop(config), *_to_normalised(config)])

@@ -16,19 +16,26 @@ class Prompts(nn.Module):
     ``encode``; those with prompts in the image tower ``encode_images`` too. They keep no reference
     to the CLIP. ``class_bound`` says that they know only the classes they were made for,
     ``per_image`` that the class features depend on the image, ``learns_images`` that the image
-    features depend on what is learned. ``width``: of the features, where it is not the CLIP's.
+    features depend on what is learned, ``reads_pixels`` that those of the frozen image tower are
+    not enough for them. ``least_batch``: images that a training step needs. ``width``: of the
+    features, where it is not the CLIP's.
     """
 
     kind: str
     class_bound = False
     per_image = False
     learns_images = False
+    least_batch = 1
     width: int | None = None
 
     @property
     def learns_text(self) -> bool:
         """Whether the class features depend on what is learned."""
         return self.context_vectors() is not None
+
+    @property
+    def reads_pixels(self) -> bool:
+        return self.learns_images
 
     def tokenize(self, clip: ClipModel, classnames: tuple[str, ...], template: str) -> PromptTokens:
         """Lay out class names; ``template`` is the dataset's own, with ``{}`` for the name."""

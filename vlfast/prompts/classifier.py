@@ -72,6 +72,8 @@ class PromptedClassifier:
     def class_features(self) -> Tensor:
         """Class features for evaluation, [C, D] without autograd: computed again only where the
         prompts or the model have changed. Not for prompts of single images."""
+        if not self.prompts.learns_text:
+            return self.encode_text().features
         modules = [*self.prompts.modules(), *self.clip.text_tower.text.modules()]
         learned = self.prompts.state_dict().values()
         return self._features.get(modules, lambda: self.encode_text().features, learned)

@@ -50,5 +50,5 @@ def make_accelerator(device: torch.device, precision: Precision) -> Accelerator:
     return Accelerator(
         cpu=device.type == "cpu",
         mixed_precision=mixed_precision,
-        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
     )

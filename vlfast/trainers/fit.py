@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
 from vlfast.data.dataset import Dataset
-from vlfast.data.views import Views, worker_errors
+from vlfast.data.views import Views, view_number, worker_errors
 from vlfast.errors import VlfastError
 from vlfast.objectives import Batch, Objective, Step, Task
 from vlfast.objectives.general_knowledge import GeneralKnowledge
 from vlfast.prompts.classifier import PromptedClassifier
 from vlfast.trainers.averaging import Averaging
+from vlfast.trainers.batches import Stores, TrainingViews, training_loader
 from vlfast.trainers.config import Config
 from vlfast.trainers.gradient_projection import GradientProjection
-from vlfast.trainers.images import encode_split, loader_workers, view_config
+from vlfast.trainers.images import encode_split, view_config
 from vlfast.trainers.progress import Progress
 from vlfast.trainers.run_folder import RunFolder, load_learned
 from vlfast.trainers.schedule import learning_rate
@@ -51,17 +52,33 @@ class TrainingStep(nn.Module):
         self._task = (task,)
         self._general = (general,)
 
+    @property
+    def needs_frozen(self) -> bool:
+        """Whether anything needs the frozen image tower's features."""
+        return not self.prompts.reads_pixels or any(o.needs_frozen for o in self._terms())
+
+    @property
+    def needs_teacher(self) -> bool:
+        (task,) = self._task
+        return task.candidates is not None or any(o.needs_teacher for o in self._terms())
+
+    def _terms(self) -> list[Objective]:
+        (general,) = self._general
+        return [*self.objectives.values(), *([general] if general else [])]
+
+    def needs_pixels(self, stores: Stores) -> bool:
+        """Whether the images themselves are needed beside these stored features."""
+        frozen = self.needs_frozen and "frozen" not in stores
+        teacher = self.needs_teacher and "teacher" not in stores
+        return self.prompts.reads_pixels or frozen or teacher
+
     @torch.no_grad()
     def look_ahead(self, batch: Batch) -> Batch:
         """Fill in what frozen models make of the images, as far as anything needs it."""
         (task,) = self._task
-        (general,) = self._general
-        objectives = [*self.objectives.values(), *([general] if general else [])]
-        frozen = not task.prompts.learns_images or any(o.needs_frozen for o in objectives)
-        if frozen and batch.frozen is None:
+        if self.needs_frozen and batch.frozen is None:
             batch.frozen = task.clip.encode_images(batch.pixels, normalize=False)
-        taught = task.candidates is not None or any(o.needs_teacher for o in objectives)
-        if batch.teacher is None and taught:
+        if self.needs_teacher and batch.teacher is None:
             batch.teacher = task.teacher.encode_images(batch.pixels)
         if task.candidates is not None:
             batch.chosen = task.candidates.choose(batch.teacher)
@@ -129,6 +146,7 @@ def fit_prompts(
     *,
     classifier: PromptedClassifier | None = None,
     general: Objective | None = None,
+    stores: Stores | None = None,
     resume: bool = False,
     show_progress: bool = True,
 ) -> Fitted:
@@ -137,6 +155,7 @@ def fit_prompts(
     classifier: the same prompts over the dataset's class names, for validation and checkpoints,
     where they learn from others. general: prepared too; what ``recipe.projection`` holds gradients
     against.
+    stores: features of the frozen models that are read instead of computed; see ``open_stores``.
 
     After each epoch ``last`` and, where the validation accuracy grew, ``best`` are written to the
     folder, with a row of metrics. With ``resume`` it goes on after the last finished epoch; the
@@ -170,14 +189,12 @@ def fit_prompts(
             state.write(folder, best=False)
         return Fitted(0, 0.0, None)
 
-    views = Views(dataset.train, view_config(classifier.clip), seed=config.seed)
+    images = Views(dataset.train, view_config(classifier.clip), seed=config.seed)
+    stores = stores or {}
+    views = TrainingViews(images, stores, pixels=training.needs_pixels(stores))
     sampler = EpochSampler(len(views), config.seed)
-    loader = DataLoader(
-        views,
-        batch_size=recipe.batch_size,
-        sampler=sampler,
-        drop_last=len(views) >= recipe.batch_size,
-        num_workers=loader_workers(dataset.train, config.data.workers),
+    loader = training_loader(
+        views, sampler, recipe.batch_size, config.data.workers, accelerator.device
     )
     step, optimizer, loader = accelerator.prepare(training, state.optimizer, loader)
     has_val, val = len(dataset.val) > 0, None
@@ -192,7 +209,7 @@ def fit_prompts(
             started = time.perf_counter()
             torch.manual_seed(_epoch_seed(config.seed, epoch))
             if config.data.augment:
-                views.epoch = epoch
+                images.epoch = view_number(epoch, config.data.views)
             sampler.epoch = epoch
             rate = learning_rate(
                 epoch,
@@ -285,9 +302,9 @@ def _batches(loader: DataLoader, step: nn.Module, accelerator: Accelerator) -> I
     training = accelerator.unwrap_model(step)
     ready = None
     with worker_errors():
-        for pixels, labels in loader:
+        for parts in loader:
             with accelerator.autocast():
-                batch = training.look_ahead(Batch(labels, pixels))
+                batch = training.look_ahead(Batch(**parts))
             if ready is not None:
                 yield ready
             ready = batch
