@@ -6,11 +6,22 @@ import pytest
 import torch
 from torch.nn import functional
 
-from tests.prompts.support import LABELS, NAMES, deep_clip, images, plain_model
-from tests.prompts.test_kinds import SETTINGS, make, shake
+from tests.clip.support import TEXT, VISION
+from tests.prompts.support import (
+    LABELS,
+    NAMES,
+    SETTINGS,
+    deep_clip,
+    images,
+    make,
+    plain_model,
+    shake,
+)
+from vlfast.clip.models import wrap_clip
 from vlfast.objectives import Batch, Step, Task, build_objectives
 from vlfast.objectives.perplexity import Perplexity
 from vlfast.ops.backends import reference_only
+from vlfast.prompts import build_prompts
 from vlfast.prompts.classifier import PromptedClassifier
 from vlfast.trainers.fit import TrainingStep
 
@@ -116,8 +127,6 @@ def test_a_moved_context_teaches_the_network_that_moves_it(clip):
 )
 def test_more_rows_than_a_chunk(clip, kind, count, n_ctx):
     """Above 64 vectors the op goes through the vocabulary in another way."""
-    from vlfast.prompts import build_prompts
-
     names = [f"kind {chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(count)]
     torch.manual_seed(0)
     prompts = build_prompts(kind, clip, num_classes=count, n_ctx=n_ctx)
@@ -151,9 +160,6 @@ def test_what_has_no_words_is_refused(clip):
 
 
 def test_a_tower_that_is_not_causal_is_refused():
-    from tests.clip.support import TEXT, VISION
-    from vlfast.clip.models import wrap_clip
-
     model = open_clip.model.CustomTextCLIP(
         embed_dim=32, vision_cfg=VISION, text_cfg={**TEXT, "no_causal_mask": True}
     )
