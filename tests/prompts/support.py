@@ -2,15 +2,47 @@
 
 from __future__ import annotations
 
+import open_clip
 import torch
 from open_clip.tokenizer import SimpleTokenizer
 from torch.nn import functional
 
+from tests.clip.support import TEXT
 from tests.clip.vision_support import plain_features, vision_clip
 from vlfast.clip.models import wrap_clip
+from vlfast.prompts import build_prompts
+from vlfast.prompts.classifier import PromptedClassifier
 
 NAMES = ("cat", "yellow school bus", "hen", "golden_retriever")
 LABELS = torch.tensor([0, 3, 1, 2, 0, 1])
+WORDS = "a photo of a"
+
+# Name: kind, options, and what the plain version needs: frozen words, blocks with text prompts.
+SETTINGS = {
+    "cocoop": ("conditional", {"n_ctx": None, "init": WORDS}, {}),
+    "cocoop_random": ("conditional", {"n_ctx": 3}, {}),
+    "vpt": ("visual", {}, {"words": WORDS}),
+    "vpt_shallow": ("visual", {"n_visual": 3, "visual_depth": 1}, {"words": WORDS}),
+    "vpt_words": ("visual", {"init": "an icon of a", "n_visual": 1}, {"words": "an icon of a"}),
+    "ivlp": (
+        "independent",
+        {"n_ctx": 2, "init": WORDS, "depth": 3, "n_visual": 2, "visual_depth": 4},
+        {"words": "of a", "texts": 3},
+    ),
+    "promptsrc": (
+        "independent",
+        {"n_ctx": 4, "init": WORDS, "depth": 2, "n_visual": 4},
+        {"texts": 2},
+    ),
+    "deep_language": ("independent", {"n_ctx": None, "init": WORDS, "depth": 3}, {"texts": 3}),
+    "shallow": ("independent", {"n_ctx": 3, "n_visual": 1, "depth": 1}, {"texts": 1}),
+    "maple": (
+        "coupled",
+        {"n_ctx": 2, "init": WORDS, "depth": 3},
+        {"words": "of a", "texts": 3},
+    ),
+    "maple_shallow": ("coupled", {"n_ctx": None, "init": WORDS, "depth": 1}, {"texts": 1}),
+}
 
 
 def deep_clip(**vision):
@@ -19,9 +51,29 @@ def deep_clip(**vision):
     return wrap_clip(vision_clip(embed_dim=64, **vision), name="deep")
 
 
+def resnet_clip():
+    vision = {"image_size": 32, "layers": (1, 1, 1, 1), "width": 8, "head_width": 8}
+    model = open_clip.model.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=TEXT)
+    return wrap_clip(model, name="resnet")
+
+
 def images(count=6, seed=1):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, 3, 32, 32, generator=generator)
+
+
+def make(clip, kind, **options):
+    torch.manual_seed(3)
+    prompts = build_prompts(kind, clip, num_classes=len(NAMES), **options)
+    return PromptedClassifier(clip, prompts, NAMES, "a {} square.")
+
+
+def shake(prompts):
+    """Far from where they start, so that gradients are of some size."""
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in prompts.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
 
 
 def plain_text(model, text, n=0, context=None, deep=()):

@@ -9,62 +9,27 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from tests.clip import support as clip_support
-from tests.prompts.support import LABELS, NAMES, deep_clip, images, plain_model
+from tests.prompts.support import (
+    LABELS,
+    SETTINGS,
+    WORDS,
+    deep_clip,
+    images,
+    make,
+    plain_model,
+    resnet_clip,
+    shake,
+)
 from vlfast.clip.models import wrap_clip
 from vlfast.objectives import Batch, Step, Task, build_objectives
 from vlfast.ops.backends import reference_only
 from vlfast.prompts import build_prompts, tower_blocks
-from vlfast.prompts.classifier import PromptedClassifier
 from vlfast.trainers.fit import TrainingStep
-
-WORDS = "a photo of a"
-
-# Name: kind, options, and what the plain version needs: frozen words, blocks with text prompts.
-SETTINGS = {
-    "cocoop": ("conditional", {"n_ctx": None, "init": WORDS}, {}),
-    "cocoop_random": ("conditional", {"n_ctx": 3}, {}),
-    "vpt": ("visual", {}, {"words": WORDS}),
-    "vpt_shallow": ("visual", {"n_visual": 3, "visual_depth": 1}, {"words": WORDS}),
-    "vpt_words": ("visual", {"init": "an icon of a", "n_visual": 1}, {"words": "an icon of a"}),
-    "ivlp": (
-        "independent",
-        {"n_ctx": 2, "init": WORDS, "depth": 3, "n_visual": 2, "visual_depth": 4},
-        {"words": "of a", "texts": 3},
-    ),
-    "promptsrc": (
-        "independent",
-        {"n_ctx": 4, "init": WORDS, "depth": 2, "n_visual": 4},
-        {"texts": 2},
-    ),
-    "deep_language": ("independent", {"n_ctx": None, "init": WORDS, "depth": 3}, {"texts": 3}),
-    "shallow": ("independent", {"n_ctx": 3, "n_visual": 1, "depth": 1}, {"texts": 1}),
-    "maple": (
-        "coupled",
-        {"n_ctx": 2, "init": WORDS, "depth": 3},
-        {"words": "of a", "texts": 3},
-    ),
-    "maple_shallow": ("coupled", {"n_ctx": None, "init": WORDS, "depth": 1}, {"texts": 1}),
-}
 
 
 @pytest.fixture(scope="module")
 def clip():
     return deep_clip()
-
-
-def make(clip, kind, **options):
-    torch.manual_seed(3)
-    prompts = build_prompts(kind, clip, num_classes=len(NAMES), **options)
-    return PromptedClassifier(clip, prompts, NAMES, "a {} square.")
-
-
-def shake(prompts):
-    """Far from where they start, so that gradients are of some size."""
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for parameter in prompts.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
 
 
 @pytest.mark.parametrize("reference", [False, True])
@@ -220,12 +185,6 @@ def test_finetuning_is_training_the_image_tower(clip):
             parameter.data -= 0.01 * ours
     after = clip.model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
-
-
-def resnet_clip():
-    vision = {"image_size": 32, "layers": (1, 1, 1, 1), "width": 8, "head_width": 8}
-    model = open_clip.model.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=clip_support.TEXT)
-    return wrap_clip(model, name="resnet")
 
 
 def test_a_resnet_is_finetuned_and_takes_no_prompts():
