@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vlfast.cli import _train_options
+from vlfast import cli
 from vlfast.trainers.recipes import RECIPES, resolve_config
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +27,7 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("command", commands())
 def test_command_resolves(command):
     words = [w for w in shlex.split(command)[2:] if w not in ("KIND", "NAME")]
-    resolve_config(_train_options(words)["given"])
+    resolve_config(cli._config_options(words, "train", cli._train_arguments)["given"])
 
 
 def test_there_are_commands():
