@@ -131,7 +131,7 @@ def test_flat_options_find_their_section():
         ({"objectives": ["labels", 3]}, VlfastError, "expected a kind or .* got 3"),
         ({"data": {"shots": -2}}, VlfastError, "data.shots: expected at least 0"),
         ({"recipe": "plpp", "add": "perplexity"}, VlfastError, "each kind once"),
-        ({"add": "teacher"}, UnknownNameError, "unknown objective 'teacher'"),
+        ({"add": "tutor"}, UnknownNameError, "unknown objective 'tutor'"),
     ],
 )
 def test_bad_config(given, error, match):

@@ -43,7 +43,7 @@ class Averaging:
 
     @torch.no_grad()
     def epoch_done(self, epoch: int) -> None:
-        """Add the tensors as they are after ``epoch``; after the last, write the average to them."""
+        """Add the tensors as they are after ``epoch``; after the last, write the average there."""
         for name, parameter in self._parameters.items():
             self.sums[name].add_(parameter.detach(), alpha=self._weights[epoch - 1])
             if epoch == len(self._weights):
