@@ -13,7 +13,7 @@ from vlfast.trainers.config import RecipeConfig
 
 def epoch_weights(epochs: int, mean: float, std: float) -> Tensor:
     """fp64 [epochs]: the normal density at epochs 1 to ``epochs``, in units of its sum
-    (section 3.3)."""
+    ([SRC] trainers/promptsrc.py:262-270)."""
     distance = (torch.arange(1, epochs + 1, dtype=torch.float64) - mean) / std
     return torch.softmax(-0.5 * distance.square(), dim=0)
 
