@@ -468,6 +468,7 @@ def load_teacher(
         classifier = _teaching_run(options.run, student.device, classnames, options.template)
     elif options.name is not None:
         clip = load_clip(options.name, options.pretrained, device=student.device)
+        clip.text_tower.max_memory = config.model.max_memory
         options.name, options.pretrained = clip.name, clip.pretrained
         template = options.template or template
         classifier = PromptedClassifier(clip, HardPrompt(), classnames, template)

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional
 
 from tests.objectives.support import (
+    NAMES,
     FixedTeacher,
     Plain,
     compare_training,
@@ -85,10 +86,10 @@ def test_with_candidates_all_sides_are_of_those_classes(tiny_clip):
     index = torch.tensor([3, 1])
     teacher = FixedTeacher()
     batch = make_batch()
-    of_all = batch.teacher @ teacher.class_features(("cat", "yellow school bus", "hen", "red fox")).T
+    of_all = batch.teacher @ teacher.class_features(NAMES).T
     losses = []
     for names, chosen in (
-        (("cat", "yellow school bus", "hen", "red fox"), ChosenClasses(index, of_all, index)),
+        (NAMES, ChosenClasses(index, of_all, index)),
         (("red fox", "yellow school bus"), None),
     ):
         task = make_task(tiny_clip, "images", names=names, teacher=teacher, labelled=False)

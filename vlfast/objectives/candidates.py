@@ -12,8 +12,8 @@ from vlfast.objectives.base import ChosenClasses, Task, cosines
 
 class Candidates:
     """In each batch the ``top_classes`` names that the teacher finds most probable: by the mean
-    over its images of the softmax over the whole dictionary (section 3.3), under the student's
-    logit scale divided by the teacher's calibration, as the distillation has it.
+    over its images of the softmax over the whole dictionary ([KDPL] kdpl_utils.py:148-164), under
+    the student's logit scale divided by the teacher's calibration, as the distillation has it.
 
     The choice is made on the device and never waited for there: the text tower needs it on the CPU
     one step later, when the copy has long arrived. Under several processes all choose the same, by

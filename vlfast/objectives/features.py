@@ -12,7 +12,7 @@ from vlfast.objectives.base import Objective, Step, Task
 
 class Features(Objective):
     """The mean absolute ("l1") or squared ("mse") difference, over all elements, between normalised
-    image features of student and teacher (table 4, "feature")."""
+    image features of student and teacher."""
 
     kind = "features"
     needs_teacher = True

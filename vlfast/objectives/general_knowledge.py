@@ -12,8 +12,8 @@ from vlfast.objectives.hard_features import pool_features
 
 class GeneralKnowledge(Objective):
     """The cross-entropy of the predictions with those of zero-shot CLIP, in ProGrad's own template
-    for the dataset (equation 3, whose gradient is the same: the entropy of the targets is not taken
-    off). It is not minimised: ``vlfast.trainers.gradient_projection`` reads its gradient.
+    for the dataset ([Kg] trainers/prograd.py:280-293: the KL divergence, but for the entropy of the
+    targets). It is not minimised: ``vlfast.trainers.gradient_projection`` reads its gradient.
     """
 
     kind = "general_knowledge"

@@ -12,8 +12,8 @@ from vlfast.objectives.hard_features import pool_features
 
 
 class Guidance(Objective):
-    """1 - the mean cosine of the class features with the frozen CLIP's (equation 4; the code has
-    the cosine where the paper has the squared distance of unit vectors, which is twice as much).
+    """1 - the mean cosine of the class features with the frozen CLIP's, as the code has it ([Kg]
+    trainers/kgcoop.py:310); the paper's squared distance of unit vectors is twice as much.
 
     template: of the frozen class features, with one ``{}``; KgCoOp's own for the dataset by
     default, which is the dataset's but for DTD.

@@ -17,9 +17,9 @@ class Mixture(Objective):
     """The predictions of hard prompts of the same CLIP teach the learned one; a gate chooses whose.
 
     Each image learns from the ``num_prompts`` prompts of the pool with the highest gate logits, its
-    frozen features times the gate, weighted by their softmax (MoPD, section 3.3). The selection
-    term is the cross-entropy of those prompts with the label, by the same weights, which trains the
-    gate. See ``vlfast.gated_mixture_loss``.
+    frozen features times the gate, weighted by their softmax ([MoPD] trainers/MoPD.py:199-214). The
+    selection term is the cross-entropy of those prompts with the label, by the same weights, which
+    trains the gate. See ``vlfast.gated_mixture_loss``.
 
     In the loss, distillation counts ``weight`` and selection ``selection_weight``; MoPD's w is the
     weight of the labels, with ``weight`` 1 - w. Gate and pool see features of the frozen image

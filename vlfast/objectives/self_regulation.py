@@ -14,7 +14,7 @@ from vlfast.ops import symmetric_kl_loss
 
 class SelfRegulation(Objective):
     """The distance from the frozen CLIP in class features, image features and predictions
-    (section 3.2, equations 3 to 5).
+    ([SRC] trainers/promptsrc.py:297-313).
 
     L1 means over all elements of normalised features, and KL(frozen || prompted) summed and divided
     by B * C. The frozen class features are the mean over the templates of features that are not

@@ -15,9 +15,10 @@ class Distillation(Objective):
     """The divergence between the teacher's predictions and the student's.
 
     temperature**2 * (forward_weight * KL(teacher || student) + reverse_weight * KL(student ||
-    teacher)), both softened by ``temperature``. The defaults are KDPL's loss (section 3.2, both
-    directions, the student's logit scale on both sides); PromptKD's (equation 5) is ``weight=1000,
-    forward_weight=1, reverse_weight=0, scale="teacher", reduction="mean"``.
+    teacher)), both softened by ``temperature``. The defaults are KDPL's loss ([KDPL]
+    trainers/coop_kdpl.py:116-123, the student's logit scale on both sides); PromptKD's ([PKD]
+    trainers/promptkd.py:410-416) is ``weight=1000, forward_weight=1, reverse_weight=0,
+    scale="teacher", reduction="mean"``.
 
     scale: whose logit scale the teacher's cosines get; its calibration divides them in any case.
     reduction: "batchmean" divides by the images, "mean" by the classes too.

@@ -13,7 +13,7 @@ from vlfast.trainers.config import RecipeConfig
 
 def epoch_weights(epochs: int, mean: float, std: float) -> Tensor:
     """fp64 [epochs]: the normal density at epochs 1 to ``epochs``, in units of its sum
-    (section 3.3)."""
+    ([SRC] trainers/promptsrc.py:262-270)."""
     distance = (torch.arange(1, epochs + 1, dtype=torch.float64) - mean) / std
     return torch.softmax(-0.5 * distance.square(), dim=0)
 
@@ -43,7 +43,7 @@ class Averaging:
 
     @torch.no_grad()
     def epoch_done(self, epoch: int) -> None:
-        """Add the tensors after ``epoch``; after the last, write the average to them."""
+        """Add the tensors as they are after ``epoch``; after the last, write the average there."""
         for name, parameter in self._parameters.items():
             self.sums[name].add_(parameter.detach(), alpha=self._weights[epoch - 1])
             if epoch == len(self._weights):

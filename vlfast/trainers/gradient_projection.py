@@ -19,7 +19,7 @@ class GradientProjection:
 
     Of each parameter, by itself: where the two gradients g and k point apart (<g, k> < 0),
     ``factor`` times the part of g along k is taken away: g - factor * <g, u> u with u = k / ||k||
-    (equation 4); elsewhere it is g.
+    ([KgDassl] engine/trainer.py:311-349); elsewhere it is g.
     """
 
     def __init__(self, factor: float, parameters: Sequence[nn.Parameter]) -> None:
