@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import bench_step, bench_text_tower, contest, report
+from benchmarks import bench_step, bench_text_tower, bench_vision_tower, contest, report
 from benchmarks.contest import EAGER, OURS, TRAINING_STEP, Case, Problem, Result
 from benchmarks.padded import CUT, PADDED
 
@@ -96,6 +96,13 @@ def test_a_contest(monkeypatch, tmp_path):
     assert sorted(x.suffix for x in tmp_path.iterdir()) == [".json", ".md", ".png"]
     (row,) = (x for x in report.table([result]) if x.startswith("| right"))
     assert row.count("|") == report.table([result])[0].count("|")
+
+
+def test_prompted_images_agree():
+    problem = bench_vision_tower.make(2, 3, 1, "cpu", config=TINY)
+    for mode in contest.MODES:
+        calls = {side: contest.first_call(problem, side, mode) for side in problem.sides}
+        assert all(error < 1e-5 for error in contest.errors(problem, calls).values())
 
 
 def test_a_gradient_of_nan_is_an_error():

@@ -183,6 +183,18 @@ def test_autocast_to_bfloat16():
     assert all(p.grad.dtype == torch.float32 and bool(p.grad.isfinite().all()) for p in prompts)
 
 
+def test_it_compiles_to_one_graph():
+    torch.manual_seed(0)
+    tower = VisionTower(vision_clip())
+    pixels, prompts = make_inputs(3, dtype=torch.float32)
+    compiled = torch.compile(tower, fullgraph=True, backend="aot_eager")
+    features, expected = compiled(pixels, prompts), tower(pixels, prompts)
+    torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
+    found = torch.autograd.grad(features.sum(), prompts)
+    wanted = torch.autograd.grad(expected.sum(), prompts)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+
+
 class OddBlock(nn.Module):
     """Made of a block's parts, but it computes something else."""
 

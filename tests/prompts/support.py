@@ -13,6 +13,7 @@ from vlfast.clip.models import wrap_clip
 from vlfast.prompts import build_prompts
 from vlfast.prompts.classifier import PromptedClassifier
 
+TOKENIZER = SimpleTokenizer()
 NAMES = ("cat", "yellow school bus", "hen", "golden_retriever")
 LABELS = torch.tensor([0, 3, 1, 2, 0, 1])
 WORDS = "a photo of a"
@@ -80,7 +81,7 @@ def plain_text(model, text, n=0, context=None, deep=()):
     """Features [C, D] and final states [C, L, d] of the texts, whose first n tokens after SOS are
     replaced by the context, and again in deeper blocks."""
     length = model.positional_embedding.shape[0]
-    ids = SimpleTokenizer(context_length=length)(text)
+    ids = TOKENIZER(text, context_length=length)
     x = model.token_embedding(ids)
 
     def replaced(x, vectors):

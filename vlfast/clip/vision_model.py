@@ -59,6 +59,8 @@ class VisionModel:
         """
         visual = getattr(model, "visual", None)
         missing = [part for part in _PARTS if not hasattr(visual, part)]
+        if not (hasattr(visual, "image_size") or hasattr(visual, "input_resolution")):
+            missing.append("image_size")
         blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
         if missing or not blocks:
             what = type(model if visual is None else visual).__name__
@@ -97,7 +99,8 @@ class VisionModel:
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width in pixels."""
-        size = getattr(self.visual, "image_size", getattr(self.visual, "input_resolution", None))
+        visual = self.visual
+        size = visual.image_size if hasattr(visual, "image_size") else visual.input_resolution
         return (size, size) if isinstance(size, int) else tuple(size)
 
     def encode(self, pixels: Tensor) -> Tensor:
