@@ -113,7 +113,10 @@ def test_a_run_teaches_what_it_has_learned(teaching_run, tmp_path):
     torch.testing.assert_close(teacher.class_features(NAMES), expected)
     assert not any(p.requires_grad for p in teacher.classifier.prompts.parameters())
     torch.testing.assert_close(teacher.logit_scale, own.clip.logit_scale / 2)
-    run = distil(tmp_path / "run", {"views": 1, "classes": "base"}, teacher={"run": path}, epochs=4)
+    options = {"epochs": 4, "batch_size": 8}
+    run = distil(
+        tmp_path / "run", {"views": 1, "classes": "base"}, teacher={"run": path}, **options
+    )
     assert losses(run)[-1] < losses(run)[0]
     assert run.folder.read_config().teacher.run == path
 
