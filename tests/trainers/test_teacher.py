@@ -9,9 +9,9 @@ from tests.trainers.support import PlainDistillation
 from vlfast.clip.models import load_clip
 from vlfast.errors import UnknownNameError, VlfastError
 from vlfast.objectives import KINDS
+from vlfast.parts import load_teacher
 from vlfast.prompts import ClassContext, HardPrompt, SharedContext
 from vlfast.prompts.classifier import PromptedClassifier
-from vlfast.run import load_teacher
 from vlfast.trainers.config import TeacherConfig, build_config
 from vlfast.trainers.teacher import ModelTeacher, check_teacher
 
