@@ -250,8 +250,7 @@ def train(
     torch.manual_seed(config.seed)
     prompts = prompts_of(config, clip, drawn.num_classes, table)
     classifier = PromptedClassifier(clip, prompts, drawn.classnames, dataset.template)
-    vectors = prompts.context_vectors()
-    config.prompts.n_ctx = None if vectors is None else vectors.shape[-2]
+    config.prompts.n_ctx = prompts.num_context
     classifier.tokens.check_fits(config.prompts.n_ctx or 0, clip.text_tower.context_length)
     objectives = build_objectives(config.objectives)
     task = Task(classifier, dataset.name, teacher=teacher, labelled=not config.data.unlabelled)
