@@ -17,7 +17,8 @@ from vlfast.clip.models import ClipModel
 from vlfast.data.dataset import Dataset
 from vlfast.data.views import Views, worker_errors
 from vlfast.errors import VlfastError
-from vlfast.run import check_config, load_parts, load_teacher, resolve_given
+from vlfast.parts import check_config, load_parts, load_teacher
+from vlfast.run import resolve_given
 from vlfast.trainers.config import Config
 from vlfast.trainers.device import make_accelerator, resolve_device
 from vlfast.trainers.feature_store import DTYPES, FeatureWriter, about_data, about_model

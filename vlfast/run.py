@@ -6,10 +6,9 @@ import copy
 import platform
 import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,24 +17,35 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlfast.clip.models import ClipModel, load_clip
+from vlfast.clip.models import ClipModel
 from vlfast.data.catalog import load_dataset
 from vlfast.data.dataset import Dataset
 from vlfast.data.dictionary import DICTIONARY_TEMPLATE, read_dictionary
 from vlfast.data.folder import open_image
 from vlfast.data.templates import prograd_template
 from vlfast.data.views import image_batch
-from vlfast.errors import UnknownNameError, VlfastError
+from vlfast.errors import VlfastError
 from vlfast.evaluation.protocols import evaluate_dataset
 from vlfast.objectives import Candidates, Objective, Task, build_objectives
 from vlfast.objectives.general_knowledge import GeneralKnowledge
 from vlfast.ops.backends import reference_only
-from vlfast.prompts import KINDS, HardPrompt, Prompts, build_prompts, tower_blocks
+from vlfast.parts import (
+    CLASS_FEATURES,
+    TEACHERS,
+    check_config,
+    class_table,
+    load_classifier,
+    load_parts,
+    load_teacher,
+    prompts_of,
+    recorded_dataset,
+    replace_template,
+)
+from vlfast.prompts import KINDS, HardPrompt, Prompts, tower_blocks
 from vlfast.prompts.classifier import PromptedClassifier
 from vlfast.prompts.context import init_of_template
-from vlfast.prompts.projected import ClassTable, ProjectedPrompts
 from vlfast.trainers.averaging import check_averaging
-from vlfast.trainers.batches import check_views, open_stores
+from vlfast.trainers.batches import open_stores
 from vlfast.trainers.config import Config, expand_shorthand, nest_options
 from vlfast.trainers.device import make_accelerator, resolve_device
 from vlfast.trainers.feature_store import FeatureStore, about_data
@@ -43,11 +53,8 @@ from vlfast.trainers.fit import fit_prompts
 from vlfast.trainers.gradient_projection import check_projection
 from vlfast.trainers.images import TEST_BATCH, view_config
 from vlfast.trainers.recipes import resolve_config
-from vlfast.trainers.run_folder import CHECKPOINTS, RunFolder, load_learned
-from vlfast.trainers.teacher import ModelTeacher, StoredTeacher, check_teacher
+from vlfast.trainers.run_folder import CHECKPOINTS, RunFolder
 from vlfast.version import __version__
-
-CLASS_FEATURES = "class_features"  # what a run's folder keeps of a teacher
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,7 @@ class Run:
         classifier, config = self.classifier, self.config.data
         if data is None:
             if self._dataset is None:
-                self._dataset = _load_recorded_dataset(self.config)
+                self._dataset = recorded_dataset(self.config)
             dataset = self._dataset
         else:
             dataset = data if isinstance(data, Dataset) else load_dataset(data, root or config.root)
@@ -254,12 +261,11 @@ def train(
         drawn = drawn.restrict(config.data.classes)
 
     teacher = load_teacher(config, clip, drawn.classnames, dataset.template)
-    table = _class_table(config, dataset, teacher)
+    table = class_table(config, dataset, teacher)
     torch.manual_seed(config.seed)
-    prompts = _build_prompts(config, clip, drawn.num_classes, table)
+    prompts = prompts_of(config, clip, drawn.num_classes, table)
     classifier = PromptedClassifier(clip, prompts, drawn.classnames, dataset.template)
-    vectors = prompts.context_vectors()
-    config.prompts.n_ctx = None if vectors is None else vectors.shape[-2]
+    config.prompts.n_ctx = prompts.num_context
     classifier.tokens.check_fits(config.prompts.n_ctx or 0, clip.text_tower.context_length)
     objectives = build_objectives(config.objectives)
     general = None if config.recipe.projection is None else GeneralKnowledge()
@@ -360,27 +366,8 @@ def load(
     """
     if checkpoint not in CHECKPOINTS:
         raise ValueError(f"checkpoint: expected 'last' or 'best', got {checkpoint!r}")
-    folder = RunFolder(path)
-    config = folder.read_config()
-    tensors, about = folder.read_tensors(checkpoint)
-    if clip is None:
-        clip = _load_recorded_clip(config, resolve_device(device))
-    elif (clip.name, clip.pretrained) != (config.model.name, config.model.pretrained):
-        raise VlfastError(
-            f"clip: this run was trained on {config.model.name} ({config.model.pretrained}), "
-            f"got {clip.name} ({clip.pretrained})"
-        )
-    table = _kept_class_table(config, folder, clip)
-    prompts = _build_prompts(config, clip, len(about["classnames"]), table)
-    own = {name: t for name, t in tensors.items() if not name.startswith("objectives.")}
-    load_learned(prompts.state_dict(), own, folder.path / f"{checkpoint}.safetensors")
-    classifier = PromptedClassifier(clip, prompts, about["classnames"], about["template"])
-    return Run(config, classifier, folder)
-
-
-def replace_template(classifier: PromptedClassifier, template: str) -> PromptedClassifier:
-    """The same prompts and class names with another dataset's template."""
-    return PromptedClassifier(classifier.clip, classifier.prompts, classifier.classnames, template)
+    config, classifier = load_classifier(path, checkpoint, device, clip)
+    return Run(config, classifier, RunFolder(path))
 
 
 def default_output(config: Config) -> Path:
@@ -397,84 +384,6 @@ def default_output(config: Config) -> Path:
     parts += [config.data.classes, shots, f"seed{config.seed}"]
     model = Path(config.model.name).stem
     return Path("runs") / config.data.name.replace("/", "-") / model / "-".join(parts)
-
-
-def _load_recorded_clip(config: Config, device: torch.device) -> ClipModel:
-    try:
-        clip = load_clip(config.model.name, config.model.pretrained, device=device)
-    except UnknownNameError as error:
-        raise UnknownNameError(f"{error}; if the model was built in Python, pass clip=") from error
-    clip.text_tower.max_memory = config.model.max_memory
-    return clip
-
-
-def _load_recorded_dataset(config: Config) -> Dataset:
-    try:
-        return load_dataset(config.data.name, config.data.root)
-    except UnknownNameError as error:
-        raise UnknownNameError(
-            f"{error}; if the dataset was built in Python, pass it: evaluate(data), "
-            "resume(path, dataset=data)"
-        ) from error
-
-
-def check_config(config: Config) -> None:
-    """Raise VlfastError for options that contradict each other, before anything is loaded."""
-    check_teacher(config.teacher)
-    check_views(config.data)
-
-
-def load_parts(
-    config: Config, device: torch.device, clip: ClipModel | None, dataset: Dataset | None
-) -> tuple[ClipModel, Dataset]:
-    """The model and the dataset of a config, those that are given as they are. Files and folders in
-    the config become absolute: it must be found again from another working directory."""
-    if clip is None:
-        clip = _load_recorded_clip(config, device)
-    elif config.model.max_memory is not None:
-        clip.text_tower.max_memory = config.model.max_memory
-    if dataset is None:
-        dataset = _load_recorded_dataset(config)
-    config.model.name, config.model.pretrained = clip.name, clip.pretrained
-    data, teacher = config.data, config.teacher
-    data.root, data.features = _absolute(data.root), _absolute(data.features)
-    teacher.run, teacher.features = _absolute(teacher.run), _absolute(teacher.features)
-    return clip, dataset
-
-
-def _absolute(path: str | None) -> str | None:
-    return None if path is None else str(Path(path).absolute())
-
-
-def load_teacher(
-    config: Config, student: ClipModel, classnames: Sequence[str], template: str
-) -> ModelTeacher | StoredTeacher | None:
-    """The teacher that the config names, on the student's device, or None. Files in the config
-    become absolute.
-
-    classnames, template: what its class features will be of. Raises FileNotFoundError or
-    VlfastError, with the reason, for one that is missing or can't serve.
-    """
-    options = config.teacher
-    if options.features is not None:
-        teacher = StoredTeacher(
-            FeatureStore(options.features, "teacher.features"),
-            student.device,
-            calibration=options.calibration,
-        )
-        teacher.class_features(classnames, options.template)
-        return teacher
-    if options.run is not None:
-        classifier = _teaching_run(options.run, student.device, classnames, options.template)
-    elif options.name is not None:
-        clip = load_clip(options.name, options.pretrained, device=student.device)
-        clip.text_tower.max_memory = config.model.max_memory
-        options.name, options.pretrained = clip.name, clip.pretrained
-        template = options.template or template
-        classifier = PromptedClassifier(clip, HardPrompt(), classnames, template)
-    else:
-        return None
-    return ModelTeacher(classifier, student, calibration=options.calibration)
 
 
 def _learn_from_dictionary(task: Task, names: tuple[str, ...], config: Config) -> Task:
@@ -502,95 +411,10 @@ def _learn_from_dictionary(task: Task, names: tuple[str, ...], config: Config) -
     )
 
 
-def _teaching_run(
-    path: str, device: torch.device, classnames: Sequence[str], template: str | None
-) -> PromptedClassifier:
-    if not Path(path, "config.yaml").is_file():
-        raise FileNotFoundError(f"teacher.run: {path} is not a run's folder, it has no config.yaml")
-    classifier = load(path, device=str(device)).classifier
-    if template is not None:
-        if not isinstance(classifier.prompts, HardPrompt):
-            raise VlfastError(
-                f"teacher.template: {path} has learned {classifier.prompts.kind} prompts instead "
-                f"of a template, got {template!r}"
-            )
-        classifier = replace_template(classifier, template)
-    try:
-        classifier.for_classes(classnames)
-    except ValueError as error:
-        raise VlfastError(f"teacher.run: {path} can't teach these classes; {error}") from error
-    return classifier
-
-
-def _follows_template(config: Config) -> bool:
-    """Whether the teacher's class features depend on the dataset's template."""
-    return config.teacher.name is not None and config.teacher.template is None
-
-
-def _class_table(
-    config: Config, dataset: Dataset, teacher: ModelTeacher | StoredTeacher | None
-) -> ClassTable | None:
-    """The teacher's features of all the dataset's classes, where the prompts are to have them."""
-    if config.prompts.class_features == "own":
-        return None
-    if teacher is None:
-        raise VlfastError(
-            "prompts.class_features: the teacher's asked for, but there is no teacher: --teacher "
-            "NAME, a model, --teacher.run DIR, a run, or --teacher.features DIR, stored features"
-        )
-    follows = _follows_template(config)
-    return ClassTable(
-        dataset.classnames,
-        dataset.template if follows else None,
-        width=teacher.width,
-        ask=lambda names, template: teacher.class_features(names, template if follows else None),
-    )
-
-
-def _kept_class_table(config: Config, folder: RunFolder, clip: ClipModel) -> ClassTable | None:
-    """What a run's folder keeps; its teacher is loaded only if it is asked for other classes."""
-    if config.prompts.class_features == "own":
-        return None
-    tensors, about = folder.read_tensors(CLASS_FEATURES)
-    features = tensors["features"].to(clip.device)
-    return ClassTable(
-        about["classnames"],
-        about["template"],
-        width=features.shape[1],
-        features=features,
-        ask=_ask_recorded_teacher(config, clip, about["classnames"]),
-    )
-
-
-def _ask_recorded_teacher(
-    config: Config, clip: ClipModel, classnames: Sequence[str]
-) -> Callable[[Sequence[str], str], Tensor]:
-    follows = _follows_template(config)
-
-    @cache
-    def teacher(template: str) -> ModelTeacher | StoredTeacher:
-        return load_teacher(config, clip, classnames, template)
-
-    def ask(names: Sequence[str], template: str) -> Tensor:
-        try:
-            return teacher(template).class_features(names, template if follows else None)
-        except (OSError, ValueError, VlfastError) as error:
-            raise VlfastError(
-                f"classnames: this run keeps the teacher's features of its own classes; for "
-                f"{', '.join(map(repr, names[:3]))}{', ...' * (len(names) > 3)} it needs the "
-                f"teacher: {error}"
-            ) from error
-
-    return ask
-
-
 def _check_task(task: Task, objectives: Sequence[Objective]) -> None:
     for objective in objectives:
         if objective.needs_teacher and task.teacher is None:
-            raise VlfastError(
-                f"teacher: the {objective.kind} objective needs one: --teacher NAME, a model, or "
-                "--teacher.run DIR, a run"
-            )
+            raise VlfastError(f"teacher: the {objective.kind} objective needs one: {TEACHERS}")
         if objective.needs_labels and not task.labelled:
             why = "data.unlabelled: "
             if task.from_dictionary:
@@ -613,19 +437,6 @@ def _check_batch(prompts: Prompts, batch: int) -> None:
 @torch.no_grad()
 def _features(classifier: PromptedClassifier, pixels: Tensor) -> Tensor:
     return classifier.encode_images(pixels)
-
-
-def _build_prompts(
-    config: Config, clip: ClipModel, num_classes: int, table: ClassTable | None
-) -> Prompts:
-    """In eval mode. table: the teacher's class features, where they are to have them."""
-    options = asdict(config.prompts)
-    layers = options.pop("projector")
-    options.pop("class_features")
-    prompts = build_prompts(options.pop("kind"), clip, num_classes=num_classes, **options)
-    if layers is not None or table is not None:
-        prompts = ProjectedPrompts(clip, prompts.to(clip.device), layers=layers, classes=table)
-    return prompts.to(clip.device).eval()
 
 
 def _device_name(device: torch.device) -> str:

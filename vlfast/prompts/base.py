@@ -37,6 +37,12 @@ class Prompts(nn.Module):
     def reads_pixels(self) -> bool:
         return self.learns_images
 
+    @property
+    def num_context(self) -> int | None:
+        """How many context vectors there are before a class name; None without a context."""
+        vectors = self.context_vectors()
+        return None if vectors is None else vectors.shape[-2]
+
     def tokenize(self, clip: ClipModel, classnames: tuple[str, ...], template: str) -> PromptTokens:
         """Lay out class names; ``template`` is the dataset's own, with ``{}`` for the name."""
         return clip.text_tower.tokenize(classnames, "{ctx} {name}.")

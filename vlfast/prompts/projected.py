@@ -143,6 +143,10 @@ class ProjectedPrompts(Prompts):
     def reads_pixels(self) -> bool:
         return self.inner.reads_pixels
 
+    @property
+    def num_context(self) -> int | None:
+        return self.inner.num_context
+
     def tokenize(
         self, clip: ClipModel, classnames: tuple[str, ...], template: str
     ) -> PromptTokens | NamedClasses:

@@ -242,7 +242,8 @@ class FeatureWriter:
                     maps = _created(file, images, widths, self.manifest["dtype"])
                 for part, rows in chunk.items():
                     stop = start + len(rows)
-                    written = rows.float().cpu().numpy().astype(maps[part].dtype)
+                    with np.errstate(over="ignore"):  # it is looked for below
+                        written = rows.float().cpu().numpy().astype(maps[part].dtype)
                     if not np.isfinite(written).all():
                         raise VlfastError(
                             f"features: {part} features of view {view} are infinite or NaN in "
