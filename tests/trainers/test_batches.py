@@ -51,6 +51,9 @@ def test_who_needs_pixels(tiny_clip, kind, objectives, stored, pixels):
     step = step_of(tiny_clip, prompts, *(o() for o in objectives))
     assert step.needs_pixels(dict.fromkeys(stored)) is pixels
     assert step.needs_frozen is ("framed" not in kind)
+    both = dict.fromkeys(("frozen", "teacher"))
+    wanted = {"frozen": "framed" not in kind, "teacher": PlainDistillation in objectives}
+    assert set(step.stores_needed(both)) == {part for part, needed in wanted.items() if needed}
 
 
 def test_prompts_in_the_image_tower_get_pixels_and_stored_features(tiny_clip, tmp_path):
