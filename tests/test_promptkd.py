@@ -105,7 +105,7 @@ def test_other_names_ask_the_teacher(student, teacher):
 def test_a_stored_teacher_and_stored_images(student, teacher, tmp_path):
     """The same as from models; all training images, where no number of shots is given."""
     run = {"run": str(teacher.folder.path)}
-    data = {"shots": 1, "views": 2}
+    data = {"shots": 1, "views": 2, "classes": "new"}
     computed = distil(tmp_path / "computed", data, teacher=run, epochs=2)
     store = vlfast.store_features(
         tmp_path / "store", data={**DATA, **data}, teacher=run, show_progress=False
@@ -122,7 +122,7 @@ def test_a_stored_teacher_and_stored_images(student, teacher, tmp_path):
 def test_resumed_with_its_running_statistics(teacher, tmp_path, monkeypatch):
     from tests.trainers.test_fit import Killed, kill_in_epoch
 
-    options = {"data": {"shots": 1}, "teacher": {"run": str(teacher.folder.path)}}
+    options = {"data": {"shots": 1, "classes": "new"}, "teacher": {"run": str(teacher.folder.path)}}
     whole = distil(tmp_path / "whole", **options)
     kill_in_epoch(monkeypatch, 3)
     with pytest.raises(Killed):

@@ -6,7 +6,14 @@ import torch
 from PIL import Image
 
 from vlfast.data.dataset import Split
-from vlfast.data.views import ViewConfig, Views, eval_transform, image_batch, view_seed
+from vlfast.data.views import (
+    ViewConfig,
+    Views,
+    eval_transform,
+    image_batch,
+    view_number,
+    view_seed,
+)
 
 CONFIG = ViewConfig(size=16, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 
@@ -51,6 +58,11 @@ def test_training_views_depend_on_seed_epoch_and_image_alone():
     other = Views(photos(), CONFIG, seed=4)
     other.epoch = 5
     assert not torch.equal(other[0][0], first[0])
+
+
+def test_epochs_take_views_in_turn():
+    assert [view_number(epoch, 3) for epoch in range(1, 8)] == [1, 2, 3, 1, 2, 3, 1]
+    assert [view_number(epoch, None) for epoch in range(1, 4)] == [1, 2, 3]
 
 
 def test_drawing_views_leaves_the_global_generator_alone():

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 import vlfast
 from tests.conftest import Squares, squares_dataset
-from vlfast.data.views import Views, view_number
+from vlfast import cli
+from vlfast.data.views import Views
 from vlfast.errors import VlfastError
 from vlfast.trainers.feature_store import FeatureStore, hash_of_weights
 from vlfast.trainers.images import view_config
@@ -39,11 +40,6 @@ def fit(clip, output, recipe="coop", **options):
 @pytest.fixture(scope="module")
 def stored(tiny_clip, tmp_path_factory):
     return store(tiny_clip, tmp_path_factory.mktemp("stores") / "squares")
-
-
-def test_epochs_take_views_in_turn():
-    assert [view_number(epoch, 3) for epoch in range(1, 8)] == [1, 2, 3, 1, 2, 3, 1]
-    assert [view_number(epoch, None) for epoch in range(1, 4)] == [1, 2, 3]
 
 
 def test_what_is_written(stored, tiny_clip):
@@ -77,6 +73,34 @@ def test_training_from_the_store_is_training_from_images(tiny_clip, tmp_path, st
     assert read.result["accuracy"] == images.result["accuracy"]
     config = read.folder.read_config()
     assert config.data.views == 2 and config.data.features == str(stored)
+
+
+def test_all_training_images(tiny_clip, tmp_path):
+    """shots=0, and a batch size that does not divide them."""
+    path = store(tiny_clip, tmp_path / "store", shots=0)
+    options = {"shots": 0, "batch_size": 7, "epochs": 3}
+    images = fit(tiny_clip, tmp_path / "images", views=2, **options)
+    read = fit(tiny_clip, tmp_path / "read", features=str(path), **options)
+    losses = [[row["loss"] for row in run.folder.read_metrics()] for run in (read, images)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert read.result["data"]["images"]["train"] == 40
+
+
+def test_from_the_command_line(tmp_path, capsys):
+    """`vlfast features` takes the options of `vlfast train`, which trains from its folder."""
+    data = ["--data", "glyphs/shapes", "--data.shots", "1", "--data.classes", "new"]
+    folder = str(tmp_path / "store")
+    assert cli.main(["features", *data, "--views", "1", "--output", folder, "--dtype", "fp16"]) == 0
+    assert capsys.readouterr().out == f"features: {folder}\n"
+    assert FeatureStore(folder).manifest["dtype"] == "fp16"
+    train = ["train", *data, "--data.features", folder, "--recipe.epochs", "1"]
+    assert cli.main([*train, "--output", str(tmp_path / "run")]) == 0
+    assert cli.main([*train, "--seed", "2", "--output", str(tmp_path / "other")]) == 2
+    assert "data seed is 1 there, 2 here" in capsys.readouterr().err
+    assert cli.main(["features", *data, "--views", "1"]) == 2
+    assert "--output: expected the folder" in capsys.readouterr().err
+    assert cli.main(["features", *data, "--output", folder]) == 2
+    assert "Say so with --views N" in capsys.readouterr().err
 
 
 def test_without_augmentation_the_test_views_are_stored(tiny_clip, tmp_path):

@@ -30,7 +30,8 @@ class PromptedClassifier:
         self.prompts = prompts
         self.classnames = tuple(classnames)
         self.template = template
-        check_vocabulary(clip, self.classnames, "classnames")
+        if not prompts.fixed_classes:
+            check_vocabulary(clip, self.classnames, "classnames")
         self.tokens = prompts.tokenize(clip, self.classnames, template)
         self._features = FeatureCache()
         self._with_other_names: dict[tuple[str, ...], PromptedClassifier] = {}

@@ -45,7 +45,8 @@ def open_stores(
             stores["teacher"] = store
     if isinstance(teacher, StoredTeacher):
         teacher.store.check(config.data.views, data=data)
-        stores["teacher"] = teacher.store
+        same = config.data.features is not None and stores["frozen"].path == teacher.store.path
+        stores["teacher"] = stores["frozen"] if same else teacher.store
     for store in stores.values():
         store.open_views(config.data.views or store.views)
     return stores

@@ -66,6 +66,11 @@ class TrainingStep(nn.Module):
         (general,) = self._general
         return [*self.objectives.values(), *([general] if general else [])]
 
+    def stores_needed(self, stores: Stores) -> Stores:
+        """Without those of features that nothing needs."""
+        needed = {"frozen": self.needs_frozen, "teacher": self.needs_teacher}
+        return {part: store for part, store in stores.items() if needed[part]}
+
     def needs_pixels(self, stores: Stores) -> bool:
         """Whether the images themselves are needed beside these stored features."""
         frozen = self.needs_frozen and "frozen" not in stores
@@ -190,7 +195,7 @@ def fit_prompts(
         return Fitted(0, 0.0, None)
 
     images = Views(dataset.train, view_config(classifier.clip), seed=config.seed)
-    stores = stores or {}
+    stores = training.stores_needed(stores or {})
     views = TrainingViews(images, stores, pixels=training.needs_pixels(stores))
     sampler = EpochSampler(len(views), config.seed)
     loader = training_loader(
