@@ -49,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise unknown_name("command", command, COMMANDS)
         globals()[f"_{command}"](rest)
     except KeyboardInterrupt:
-        print("vlfast: stopped", file=sys.stderr)
+        if _is_first_process():
+            print("vlfast: stopped", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -58,9 +59,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         else:
-            print(f"vlfast: {_one_line(error)}", file=sys.stderr)
+            print(f"{_process_name()}: {_one_line(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _process_name() -> str:
+    """Who speaks: of several processes that a launcher started, the first alone goes unnumbered."""
+    return "vlfast" if _is_first_process() else f"vlfast (process {os.environ['RANK']})"
 
 
 def _train(argv: list[str]) -> None:
@@ -81,9 +91,11 @@ def _train(argv: list[str]) -> None:
         run = _stoppable(train, config, str(config.output or default_output(config)))
     from accelerate import PartialState
 
-    if PartialState().is_main_process:
+    processes = PartialState()
+    if processes.is_main_process:
         print(_result_lines(run.result))
         print(f"run: {run.folder.path}")
+    processes.destroy_process_group()
 
 
 def _stoppable(start: Callable[[Any], Run], what: Any, folder: str) -> Run:
@@ -93,6 +105,8 @@ def _stoppable(start: Callable[[Any], Run], what: Any, folder: str) -> Run:
     except KeyboardInterrupt:
         from vlfast.trainers.run_folder import RunFolder
 
+        if not _is_first_process():
+            sys.exit(INTERRUPTED)
         started = RunFolder(folder)
         if started.started:
             rows = started.read_metrics()
@@ -272,13 +286,13 @@ def _result_lines(result: dict[str, Any]) -> str:
         else "nothing trained"
     )
     head = f"{result['recipe']} on {data['name']}: {data['classes']} classes, {trained}"
-    return f"{head}\n{_accuracy_lines(result['accuracy'])}"
+    return f"{head}\n{_accuracy_lines(result['accuracy'], result.get('best'))}"
 
 
-def _accuracy_lines(accuracy: dict[str, Any]) -> str:
+def _accuracy_lines(accuracy: dict[str, Any], best: dict[str, Any] | None = None) -> str:
     from vlfast.evaluation.tables import accuracy_table
 
-    return accuracy_table(accuracy)
+    return accuracy_table(accuracy, best)
 
 
 def _print_usage() -> None:

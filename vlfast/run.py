@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
@@ -29,12 +30,14 @@ from vlfast.ops.backends import reference_only
 from vlfast.prompts import HardPrompt, Prompts, build_prompts
 from vlfast.prompts.classifier import PromptedClassifier
 from vlfast.trainers.config import Config, expand_shorthand, nest_options
+from vlfast.trainers.context_history import FILE as CONTEXTS
 from vlfast.trainers.device import make_accelerator, resolve_device
-from vlfast.trainers.fit import fit_prompts
+from vlfast.trainers.fit import Fitted, fit_prompts
 from vlfast.trainers.images import TEST_BATCH, view_config
 from vlfast.trainers.recipes import resolve_config
 from vlfast.trainers.run_folder import CHECKPOINTS, RunFolder, load_learned
 from vlfast.trainers.teacher import ModelTeacher
+from vlfast.trainers.tensorboard import check_tensorboard
 from vlfast.version import __version__
 
 
@@ -136,7 +139,8 @@ class Run:
         """Copy what ``vlfast.load`` needs (config, checkpoints, result) to another folder."""
         target = RunFolder(path)
         target.start(self.config)
-        for name in [*(f"{c}.safetensors" for c in CHECKPOINTS), "metrics.jsonl", "result.json"]:
+        tensors = [f"{name}.safetensors" for name in (*CHECKPOINTS, CONTEXTS)]
+        for name in [*tensors, "metrics.jsonl", "result.json"]:
             if (self.folder.path / name).is_file():
                 shutil.copyfile(self.folder.path / name, target.path / name)
         return target.path
@@ -192,6 +196,8 @@ def train(
     folder = RunFolder(config.output)
     if not resume:
         folder.check_free()
+    if config.tensorboard:
+        check_tensorboard()
     device = resolve_device(config.model.device)
     if clip is not None:
         if config.model.device != "auto" and clip.device.type != device.type:
@@ -201,6 +207,7 @@ def train(
             )
         device = clip.device
     accelerator = make_accelerator(device, config.model.precision)
+    accelerator.wait_for_everyone()  # until all have looked whether the folder is free
     if clip is None:
         clip = _load_recorded_clip(config, accelerator.device)
     elif config.model.max_memory is not None:
@@ -261,7 +268,7 @@ def train(
             show_progress=show_progress,
         )
         run = Run(config, classifier, folder, dataset)
-        accuracy = run.evaluate()
+        accuracy, best = _test_checkpoints(run, dataset, fitted, accelerator)
     if accelerator.is_main_process:
         folder.write_result(
             {
@@ -269,6 +276,7 @@ def train(
                 "accuracy": accuracy,
                 "epochs": fitted.epochs,
                 "best_epoch": fitted.best_epoch,
+                "best": best,
                 "train_seconds": round(fitted.seconds, 3),
                 "data": {
                     "name": dataset.name,
@@ -386,6 +394,23 @@ def _load_teacher(
     clip = load_clip(options.name, options.pretrained, device=student.device)
     classifier = PromptedClassifier(clip, HardPrompt(), classnames, options.template or template)
     return ModelTeacher(classifier, student, calibration=options.calibration)
+
+
+def _test_checkpoints(
+    run: Run, dataset: Dataset, fitted: Fitted, accelerator: Accelerator
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Scores of ``last``, which the run holds, and {"epoch", "accuracy"} of ``best`` where
+    validation images chose one. All processes take part."""
+    data = run.config.data
+    how = {"workers": data.workers, "accelerator": accelerator, "encoded": {}}
+    accuracy = evaluate_dataset(run.classifier, dataset, data.classes, **how)
+    if fitted.best_epoch is None:
+        return accuracy, None
+    best = accuracy
+    if fitted.best_epoch != fitted.epochs:
+        chosen = load(run.folder.path, checkpoint="best", clip=run.classifier.clip)
+        best = evaluate_dataset(chosen.classifier, dataset, data.classes, **how)
+    return accuracy, {"epoch": fitted.best_epoch, "accuracy": best}
 
 
 def _check_task(task: Task, objectives: Sequence[Objective]) -> None:

@@ -19,10 +19,13 @@ from vlfast.errors import VlfastError
 from vlfast.objectives import Batch, Objective, Step, Task
 from vlfast.prompts.classifier import PromptedClassifier
 from vlfast.trainers.config import Config
+from vlfast.trainers.context_history import ContextHistory
+from vlfast.trainers.distributed import average, begin_alike, check_batch, gather_shares, share_of
 from vlfast.trainers.images import encode_split, loader_workers, view_config
 from vlfast.trainers.progress import Progress
 from vlfast.trainers.run_folder import RunFolder, load_learned
 from vlfast.trainers.schedule import learning_rate
+from vlfast.trainers.tensorboard import TensorBoard
 
 CHECK_EVERY = 50  # steps between looks at the loss on a GPU, where each look waits for the device
 
@@ -33,7 +36,7 @@ class NonFiniteLossError(VlfastError):
 
 class TrainingStep(nn.Module):
     """A batch to the loss and its terms. Its parameters are the learnable tensors; the frozen
-    models stay outside, so that distributed training moves only what learns."""
+    models stay outside."""
 
     def __init__(self, task: Task, objectives: Sequence[Objective]) -> None:
         super().__init__()
@@ -60,7 +63,7 @@ class TrainingStep(nn.Module):
         terms = {}
         for objective in self.objectives.values():
             for name, value in objective(step).items():
-                terms[name] = value.detach()
+                terms[name] = value.detach().float()
                 loss = loss + objective.weight_of(name) * value
         if task.labelled and step.has_logits:
             right = step.logits.argmax(dim=1) == batch.labels
@@ -118,7 +121,9 @@ def fit_prompts(
     After each epoch ``last`` and, where the validation accuracy grew, ``best`` are written to the
     folder, with a row of metrics. With ``resume`` it goes on after the last finished epoch; the
     order, the views and every random draw of an epoch depend on the seed and the epoch alone, so
-    a resumed run is the same, bit for bit on a CPU. Raises NonFiniteLossError naming the term.
+    a resumed run is the same, bit for bit on a CPU. Several processes share each batch and average
+    their gradients, which gives the run of one process up to rounding; the first alone writes.
+    Raises NonFiniteLossError naming the term.
     """
     recipe, classifier = config.recipe, task.classifier
     training = TrainingStep(task, objectives)
@@ -130,12 +135,18 @@ def fit_prompts(
         )
     if recipe.epochs and not len(dataset.train):
         raise VlfastError(f"data: {dataset.name} has no training images")
-    state = _State(training, classifier, parameters, recipe.momentum, recipe.weight_decay)
+    batch_size = min(recipe.batch_size, max(1, len(dataset.train)))
+    if recipe.epochs:
+        check_batch(batch_size, accelerator.num_processes, recipe.batch_size)
+    state = _State(
+        training, classifier, parameters, recipe.momentum, recipe.weight_decay, accelerator.scaler
+    )
     if resume:
         state.read(folder)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             folder.keep_metrics(state.epoch)
+    begin_alike(training, accelerator)
     if not recipe.epochs:
         if accelerator.is_main_process:
             state.write(folder, best=False)
@@ -145,20 +156,22 @@ def fit_prompts(
     sampler = EpochSampler(len(views), config.seed)
     loader = DataLoader(
         views,
-        batch_size=recipe.batch_size,
+        batch_size=batch_size,
         sampler=sampler,
-        drop_last=len(views) >= recipe.batch_size,
+        drop_last=True,
         num_workers=loader_workers(dataset.train, config.data.workers),
     )
-    step, optimizer, loader = accelerator.prepare(training, state.optimizer, loader)
+    optimizer, loader = accelerator.prepare(state.optimizer, loader)
     has_val, val = len(dataset.val) > 0, None
+    writes = accelerator.is_main_process
+    history = ContextHistory(classifier, folder, state.epoch) if writes else None
 
-    with Progress(
-        recipe.epochs,
-        len(loader),
-        start=state.epoch,
-        show=show_progress and accelerator.is_main_process,
-    ) as progress:
+    with (
+        Progress(
+            recipe.epochs, len(loader), start=state.epoch, show=show_progress and writes
+        ) as progress,
+        TensorBoard(folder, enabled=config.tensorboard and writes) as board,
+    ):
         for epoch in range(state.epoch + 1, recipe.epochs + 1):
             started = time.perf_counter()
             torch.manual_seed(_epoch_seed(config.seed, epoch))
@@ -175,14 +188,24 @@ def fit_prompts(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             means = _train_epoch(
-                step, optimizer, loader, accelerator, epoch, recipe.clip_grad_norm, folder, progress
+                training,
+                optimizer,
+                loader,
+                accelerator,
+                epoch,
+                recipe.clip_grad_norm,
+                folder,
+                progress,
             )
-            step.eval()
+            training.eval()
             row: dict[str, Any] = {"epoch": epoch, "lr": rate, **means}
             if has_val:
                 if val is None or classifier.prompts.learns_images:
-                    val = encode_split(classifier, dataset.val, workers=config.data.workers)
-                row["val_accuracy"] = _accuracy(classifier.predict(val[0]), val[1])
+                    part = share_of(dataset.val, accelerator)
+                    val = encode_split(classifier, part, workers=config.data.workers)
+                right = classifier.predict(val[0]).argmax(dim=1) == val[1]
+                right = gather_shares(right, len(dataset.val), accelerator)
+                row["val_accuracy"] = 100 * right.double().mean().item()
             state.seconds += time.perf_counter() - started
             row["seconds"] = round(state.seconds, 3)
             better = has_val and row["val_accuracy"] > state.best_accuracy
@@ -190,17 +213,19 @@ def fit_prompts(
                 state.best_accuracy, state.best_epoch = row["val_accuracy"], epoch
             _check_parameters(training, epoch, state.epoch, folder)
             state.epoch = epoch
-            if accelerator.is_main_process:
-                # The row first: resuming drops rows of epochs that have no checkpoint.
+            if writes:
+                # What grows by epochs first: resuming drops epochs that have no checkpoint.
                 folder.append_metrics(row)
+                history.append()
                 state.write(folder, best=better)
+                board.add(row)
             accelerator.wait_for_everyone()
             progress.epoch_done(row)
     return Fitted(state.epoch, state.seconds, state.best_epoch or None)
 
 
 def _train_epoch(
-    step: nn.Module,
+    step: TrainingStep,
     optimizer: torch.optim.Optimizer,
     loader: DataLoader,
     accelerator: Accelerator,
@@ -224,6 +249,7 @@ def _train_epoch(
             _check_loss(means, epoch, number, folder)
             progress.step_done(number, means)
         accelerator.backward(loss)
+        average([p.grad for p in step.parameters()], accelerator)
         if clip_grad_norm is not None:
             accelerator.clip_grad_norm_(step.parameters(), clip_grad_norm)
         optimizer.step()
@@ -235,14 +261,13 @@ def _train_epoch(
     return means
 
 
-def _batches(loader: DataLoader, step: nn.Module, accelerator: Accelerator) -> Iterator[Batch]:
+def _batches(loader: DataLoader, step: TrainingStep, accelerator: Accelerator) -> Iterator[Batch]:
     """Batches with their frozen part, which is begun one step before it is needed."""
-    training = accelerator.unwrap_model(step)
     ready = None
     with worker_errors():
         for pixels, labels in loader:
             with accelerator.autocast():
-                batch = training.look_ahead(Batch(labels, pixels))
+                batch = step.look_ahead(Batch(labels, pixels))
             if ready is not None:
                 yield ready
             ready = batch
@@ -273,8 +298,8 @@ def _diverged(what: str, finished: int, folder: RunFolder) -> NonFiniteLossError
 
 
 class _State:
-    """What resuming needs: what is learned, momentum, the epoch, the best so far. Random state
-    needs no place here, since the seed and the epoch fix it."""
+    """What resuming needs: what is learned, momentum, the epoch, the best so far, the loss scale of
+    fp16. Random state needs no place here, since the seed and the epoch fix it."""
 
     def __init__(
         self,
@@ -283,9 +308,11 @@ class _State:
         parameters: list[nn.Parameter],
         momentum: float,
         weight_decay: float,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         self.training = training
         self.classifier = classifier
+        self.scaler = scaler
         self.optimizer = None
         if parameters:
             self.optimizer = torch.optim.SGD(
@@ -319,6 +346,7 @@ class _State:
                 "seconds": self.seconds,
                 "best_accuracy": self.best_accuracy,
                 "best_epoch": self.best_epoch,
+                "scaler": self.scaler.state_dict() if self.scaler else {},
             },
         )
 
@@ -341,10 +369,8 @@ class _State:
         self.seconds = about["seconds"]
         self.best_accuracy = about["best_accuracy"]
         self.best_epoch = about["best_epoch"]
-
-
-def _accuracy(logits: Tensor, labels: Tensor) -> float:
-    return 100 * (logits.argmax(dim=1) == labels).double().mean().item()
+        if self.scaler and about["scaler"]:
+            self.scaler.load_state_dict(about["scaler"])
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:
