@@ -73,6 +73,13 @@ class Run:
         return self.classifier.classnames
 
     @property
+    def dataset(self) -> Dataset:
+        """What it was trained on, with all its classes; loaded when first asked for."""
+        if self._dataset is None:
+            self._dataset = _load_recorded_dataset(self.config)
+        return self._dataset
+
+    @property
     def result(self) -> dict[str, Any]:
         return self.folder.read_result()
 
@@ -87,9 +94,7 @@ class Run:
         """
         classifier, config = self.classifier, self.config.data
         if data is None:
-            if self._dataset is None:
-                self._dataset = _load_recorded_dataset(self.config)
-            dataset = self._dataset
+            dataset = self.dataset
         else:
             dataset = data if isinstance(data, Dataset) else load_dataset(data, root or config.root)
             if dataset.name != config.name and config.template is None:
