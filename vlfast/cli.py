@@ -1,4 +1,5 @@
-"""The command line: vlfast train, evaluate, predict, interpret, demo, recipes, doctor."""
+"""The command line: vlfast train, evaluate, predict, interpret, cost, demo, recipes,
+doctor."""
 
 from __future__ import annotations
 
@@ -25,6 +26,7 @@ COMMANDS = {
     "evaluate": "test a run",
     "predict": "name what images show",
     "interpret": "say what a run learned in words, and which hard prompts its gate picks",
+    "cost": "measure what recipes cost: parameters, time, memory, speed at test",
     "demo": "train zero-shot, CoOp and CoOp+PLPP on icons, and show the difference",
     "recipes": "list the recipes",
     "doctor": "say what is installed, which backend serves which op, and what would help",
@@ -300,6 +302,52 @@ def _interpret(argv: list[str]) -> None:
     if shares is not None:
         print(interpret.shares_table(shares, **classes))
         print(f"picture: {folder / 'mixture.png'}")
+
+
+def _cost(argv: list[str]) -> None:
+    parser = _Parser("vlfast cost", description=COMMANDS["cost"])
+    parser.add_argument("recipes", nargs="*", help="by default all of them")
+    parser.add_argument(
+        "--model",
+        default="ViT-B-16",
+        help="any name of open_clip, with random weights, or a bundled model",
+    )
+    parser.add_argument("--teacher", help="of recipes that need one; by default as --model")
+    parser.add_argument("--classes", type=int, default=100)
+    parser.add_argument("--batch-size", type=int, help="instead of the recipes' own")
+    parser.add_argument("--steps", type=int, default=5, help="how many are timed")
+    parser.add_argument("--config", metavar="FILE", help="a YAML file of options over the recipes'")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--output", metavar="FILE", help="write .csv, .md or .json too")
+    options = parser.parse_args(argv)
+    kinds = (".csv", ".md", ".json")
+    if options.output and Path(options.output).suffix not in kinds:
+        raise VlfastError(f"--output: expected a .csv, .md or .json file, got {options.output}")
+    from vlfast.evaluation import cost
+    from vlfast.trainers.config import merge_options
+
+    given: dict[str, Any] = {"model": {"device": options.device}}
+    if options.batch_size is not None:
+        given["recipe"] = {"batch_size": options.batch_size}
+    if options.config:
+        given = merge_options(_read_yaml(options.config), given)
+    costs = cost.compare_costs(
+        options.recipes or None,
+        model=options.model,
+        classes=options.classes,
+        teacher=options.teacher,
+        options=given,
+        steps=options.steps,
+        report=lambda one: print(f"{one.recipe} measured", file=sys.stderr),
+    )
+    about = cost.about(costs, options.model, options.classes)
+    if options.output:
+        cost.write_costs(costs, options.output, about)
+    if options.json:
+        print(json.dumps([asdict(one) for one in costs], indent=2))
+    else:
+        print(f"{cost.cost_table(costs)}\n{about}")
 
 
 def _demo(argv: list[str]) -> None:

@@ -32,7 +32,7 @@ from vlfast.prompts.classifier import PromptedClassifier
 from vlfast.trainers.config import Config, expand_shorthand, nest_options
 from vlfast.trainers.context_history import FILE as CONTEXTS
 from vlfast.trainers.device import make_accelerator, resolve_device
-from vlfast.trainers.fit import Fitted, fit_prompts
+from vlfast.trainers.fit import Fitted, OnStep, fit_prompts
 from vlfast.trainers.images import TEST_BATCH, view_config
 from vlfast.trainers.recipes import resolve_config
 from vlfast.trainers.run_folder import CHECKPOINTS, RunFolder, load_learned
@@ -194,8 +194,12 @@ def train(
     clip: ClipModel | None = None,
     dataset: Dataset | None = None,
     show_progress: bool = True,
+    on_step: OnStep | None = None,
 ) -> Run:
-    """Train and test what a full Config says; ``fit`` and the command line end here."""
+    """Train and test what a full Config says; ``fit`` and the command line end here.
+
+    on_step: called after each training step, see ``fit_prompts``.
+    """
     config = copy.deepcopy(config)
     config.output = str(config.output or default_output(config))
     folder = RunFolder(config.output)
@@ -271,6 +275,7 @@ def train(
             accelerator,
             resume=resume,
             show_progress=show_progress,
+            on_step=on_step,
         )
         run = Run(config, classifier, folder, dataset)
         accuracy, best = _test_checkpoints(run, dataset, fitted, accelerator)

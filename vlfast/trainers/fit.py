@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +80,9 @@ class TrainingStep(nn.Module):
         return tensors
 
 
+OnStep = Callable[[TrainingStep, int], None]
+
+
 class EpochSampler(Sampler[int]):
     """A permutation that the seed and ``epoch`` fix, whatever was drawn before."""
 
@@ -115,6 +118,7 @@ def fit_prompts(
     *,
     resume: bool = False,
     show_progress: bool = True,
+    on_step: OnStep | None = None,
 ) -> Fitted:
     """Train the task's prompts on ``dataset.train``, with objectives that are prepared.
 
@@ -124,6 +128,8 @@ def fit_prompts(
     a resumed run is the same, bit for bit on a CPU. Several processes share each batch and average
     their gradients, which gives the run of one process up to rounding; the first alone writes.
     Raises NonFiniteLossError naming the term.
+
+    on_step: called after each step with what is trained and the step's number in its epoch.
     """
     recipe, classifier = config.recipe, task.classifier
     training = TrainingStep(task, objectives)
@@ -196,6 +202,7 @@ def fit_prompts(
                 recipe.clip_grad_norm,
                 folder,
                 progress,
+                on_step,
             )
             training.eval()
             row: dict[str, Any] = {"epoch": epoch, "lr": rate, **means}
@@ -233,6 +240,7 @@ def _train_epoch(
     clip_grad_norm: float | None,
     folder: RunFolder,
     progress: Progress,
+    on_step: OnStep | None = None,
 ) -> dict[str, float]:
     """One pass; the mean of the loss and of each term, over steps and processes."""
     step.train()
@@ -253,6 +261,8 @@ def _train_epoch(
         if clip_grad_norm is not None:
             accelerator.clip_grad_norm_(step.parameters(), clip_grad_norm)
         optimizer.step()
+        if on_step is not None:
+            on_step(step, number)
     names = list(sums)
     totals = accelerator.reduce(torch.stack([sums[n] for n in names]) / len(loader), "mean")
     means = dict(zip(names, totals.tolist(), strict=True))
