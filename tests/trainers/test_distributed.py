@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -179,8 +180,9 @@ def test_launchers(tmp_path, launcher):
     assert done.returncode != 0 and "expected a multiple of the 2 processes" in done.stderr
 
 
-@pytest.mark.slow
-def test_ctrl_c_ends_all_processes(tmp_path):
+@pytest.fixture
+def started(tmp_path):
+    """A launcher of two processes with a long run, of which an epoch is done."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m"]
     command += [*GLYPHS, "--recipe.epochs", "2000", "--output", str(tmp_path / "run")]
     process = subprocess.Popen(
@@ -189,7 +191,25 @@ def test_ctrl_c_ends_all_processes(tmp_path):
     state = tmp_path / "run" / "state.safetensors"
     while not state.is_file() and process.poll() is None:
         time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode != 0
+    yield process
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_all_processes(started):
+    os.killpg(started.pid, signal.SIGINT)
+    _, errors = started.communicate(timeout=60)
+    assert started.returncode != 0
     assert errors.count("go on with `vlfast train --resume") == 1, errors
+
+
+@pytest.mark.slow
+def test_the_end_of_one_process_ends_the_others(started):
+    children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+    workers = [pid for pid in children if "vlfast" in Path(f"/proc/{pid}/cmdline").read_text()]
+    assert len(workers) == 2
+    os.kill(int(workers[1]), signal.SIGKILL)
+    started.communicate(timeout=60)
+    assert started.returncode != 0
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)

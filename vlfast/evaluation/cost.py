@@ -164,7 +164,7 @@ def measure_cost(
         config.output = str(Path(folder) / "run")
         run = train(config, clip=clip, dataset=data, show_progress=False, on_step=timer)
         result = run.result
-        speed, gflop = test_cost(run.classifier, steps)
+        speed, gflop = cost_at_test(run.classifier, steps)
     trains = config.recipe.epochs > 0
     return Cost(
         recipe=config.recipe.name,
@@ -219,7 +219,7 @@ class StepTimer:
 
 
 @torch.no_grad()
-def test_cost(classifier: PromptedClassifier, repeats: int) -> tuple[float, float]:
+def cost_at_test(classifier: PromptedClassifier, repeats: int) -> tuple[float, float]:
     """Images a second in batches of 32, and GFLOP an image, class features computed before.
 
     repeats: batches that are timed at least; the median counts.
