@@ -32,6 +32,7 @@ from vlfast.prompts.classifier import PromptedClassifier
 from vlfast.trainers.config import Config, expand_shorthand, nest_options
 from vlfast.trainers.context_history import FILE as CONTEXTS
 from vlfast.trainers.device import make_accelerator, resolve_device
+from vlfast.trainers.distributed import check_batch
 from vlfast.trainers.fit import Fitted, OnStep, fit_prompts
 from vlfast.trainers.images import TEST_BATCH, view_config
 from vlfast.trainers.recipes import resolve_config
@@ -259,6 +260,8 @@ def train(
         labelled=not config.data.unlabelled,
     )
     _check_task(task, objectives)
+    if config.recipe.epochs:
+        check_batch(config.recipe.batch_size, len(drawn.train), accelerator.num_processes)
 
     if not resume and accelerator.is_main_process:
         folder.start(config)

@@ -20,16 +20,17 @@ from vlfast.data.dataset import Split
 from vlfast.errors import VlfastError
 
 
-def check_batch(images: int, processes: int, batch_size: int) -> None:
+def check_batch(batch_size: int, images: int, processes: int) -> None:
     """Raise VlfastError where ``processes`` can't have equal parts of a batch.
 
-    images: in a batch, which a training set smaller than ``batch_size`` makes smaller.
+    images: of the training set, which are one batch if they are fewer than ``batch_size``.
     """
-    if images % processes:
-        fewer = "" if images == batch_size else f" (all the training images; asked: {batch_size})"
+    batch = min(batch_size, images)
+    if batch % processes:
+        fewer = "" if batch == batch_size else f" (all the training images; asked: {batch_size})"
         raise VlfastError(
             f"recipe.batch_size: expected a multiple of the {processes} processes, which share "
-            f"each batch, got {images}{fewer}"
+            f"each batch, got {batch}{fewer}"
         )
 
 

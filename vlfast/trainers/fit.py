@@ -20,7 +20,7 @@ from vlfast.objectives import Batch, Objective, Step, Task
 from vlfast.prompts.classifier import PromptedClassifier
 from vlfast.trainers.config import Config
 from vlfast.trainers.context_history import ContextHistory
-from vlfast.trainers.distributed import average, begin_alike, check_batch, gather_shares, share_of
+from vlfast.trainers.distributed import average, begin_alike, gather_shares, share_of
 from vlfast.trainers.images import encode_split, loader_workers, view_config
 from vlfast.trainers.progress import Progress
 from vlfast.trainers.run_folder import RunFolder, load_learned
@@ -141,9 +141,6 @@ def fit_prompts(
         )
     if recipe.epochs and not len(dataset.train):
         raise VlfastError(f"data: {dataset.name} has no training images")
-    batch_size = min(recipe.batch_size, max(1, len(dataset.train)))
-    if recipe.epochs:
-        check_batch(batch_size, accelerator.num_processes, recipe.batch_size)
     state = _State(
         training, classifier, parameters, recipe.momentum, recipe.weight_decay, accelerator.scaler
     )
@@ -162,7 +159,7 @@ def fit_prompts(
     sampler = EpochSampler(len(views), config.seed)
     loader = DataLoader(
         views,
-        batch_size=batch_size,
+        batch_size=min(recipe.batch_size, len(views)),
         sampler=sampler,
         drop_last=True,
         num_workers=loader_workers(dataset.train, config.data.workers),
