@@ -69,6 +69,10 @@ def squares() -> Dataset:
 @pytest.fixture(scope="session")
 def tiny_model() -> torch.nn.Module:
     """A random CLIP of two small towers with CLIP's vocabulary; context length 24."""
+    return make_tiny_model()
+
+
+def make_tiny_model() -> torch.nn.Module:
     import open_clip
 
     torch.manual_seed(0)

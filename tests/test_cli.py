@@ -1,9 +1,6 @@
 """The command line: output, exit codes, and one line an error."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import yaml
@@ -164,31 +161,6 @@ def test_train_evaluate_predict(capsys, tmp_path):
     assert code == 0 and "hammer" in out and "key" in out
     code, _, err = run(capsys, "predict", tmp_path / "run", tmp_path / "gone.png")
     assert code == 2 and "there is no file" in err
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_one_process_result(tmp_path):
-    """Batches are shared out and gradients averaged, so the run is the same up to rounding."""
-    argv = [str(word) for word in GLYPHS]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    alone = [sys.executable, "-m", "vlfast", *argv, "--output", str(tmp_path / "one")]
-    shared = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "vlfast",
-    ]
-    shared += [*argv, "--output", str(tmp_path / "two")]
-    for command in (alone, shared):
-        subprocess.run(command, env=environment, check=True, capture_output=True)
-    one, two = (
-        [json.loads(row) for row in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
-    )
-    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-4)
 
 
 def test_ctrl_c_says_how_to_go_on(capsys, tmp_path, monkeypatch):

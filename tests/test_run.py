@@ -242,3 +242,35 @@ def test_memory_for_the_class_names_changes_no_number(squares, tiny_clip, tmp_pa
         atol=1e-6,
         rtol=1e-4,
     )
+
+
+def test_best_and_last_are_both_reported(tiny_clip, tmp_path):
+    """And the run holds the last."""
+    run = vlfast.fit(
+        "coop",
+        model=tiny_clip,
+        data=squares_dataset(),
+        output=tmp_path / "run",
+        classes="base",
+        shots=8,
+        epochs=6,
+        n_ctx=3,
+        lr=2.0,
+        show_progress=False,
+    )
+    result = run.result
+    assert result["best"]["epoch"] == result["best_epoch"] < 6
+    best = vlfast.load(tmp_path / "run", checkpoint="best", clip=tiny_clip)
+    assert result["best"]["accuracy"] == best.evaluate(squares_dataset())
+    last = vlfast.load(tmp_path / "run", clip=tiny_clip)
+    assert result["accuracy"] == last.evaluate(squares_dataset()) == run.evaluate()
+    context = run.folder.read_tensors("last")[0]["context"]
+    assert torch.equal(run.classifier.prompts.context, context)
+    assert not torch.equal(best.classifier.prompts.context, context)
+
+
+def test_without_validation_images_there_is_no_best(tiny_clip, tmp_path):
+    data = squares_dataset(val=0)
+    options = {"shots": 2, "epochs": 1, "n_ctx": 2, "show_progress": False}
+    run = vlfast.fit("coop", model=tiny_clip, data=data, output=tmp_path / "run", **options)
+    assert run.result["best"] is None and run.result["best_epoch"] is None

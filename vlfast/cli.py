@@ -1,4 +1,5 @@
-"""The command line: vlfast train, features, evaluate, predict, demo, recipes, doctor."""
+"""The command line: vlfast train, features, evaluate, predict, interpret, cost, demo, recipes,
+doctor."""
 
 from __future__ import annotations
 
@@ -25,6 +26,8 @@ COMMANDS = {
     "features": "store what the frozen models make of the training images, to train from",
     "evaluate": "test a run",
     "predict": "name what images show",
+    "interpret": "say what a run learned in words, and which hard prompts its gate picks",
+    "cost": "measure what recipes cost: parameters, time, memory, speed at test",
     "demo": "train zero-shot, CoOp and CoOp+PLPP on icons, and show the difference",
     "recipes": "list the recipes",
     "doctor": "say what is installed, which backend serves which op, and what would help",
@@ -50,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise unknown_name("command", command, COMMANDS)
         globals()[f"_{command}"](rest)
     except KeyboardInterrupt:
-        print("vlfast: stopped", file=sys.stderr)
+        if _is_first_process():
+            print("vlfast: stopped", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -59,9 +63,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         else:
-            print(f"vlfast: {_one_line(error)}", file=sys.stderr)
+            print(f"{_process_name()}: {_one_line(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _process_name() -> str:
+    """Who speaks: of several processes that a launcher started, the first alone goes unnumbered."""
+    return "vlfast" if _is_first_process() else f"vlfast (process {os.environ['RANK']})"
 
 
 def _train(argv: list[str]) -> None:
@@ -82,9 +95,11 @@ def _train(argv: list[str]) -> None:
         run = _stoppable(train, config, str(config.output or default_output(config)))
     from accelerate import PartialState
 
-    if PartialState().is_main_process:
+    processes = PartialState()
+    if processes.is_main_process:
         print(_result_lines(run.result))
         print(f"run: {run.folder.path}")
+    processes.destroy_process_group()
 
 
 def _stoppable(start: Callable[[Any], Run], what: Any, folder: str) -> Run:
@@ -94,6 +109,8 @@ def _stoppable(start: Callable[[Any], Run], what: Any, folder: str) -> Run:
     except KeyboardInterrupt:
         from vlfast.trainers.run_folder import RunFolder
 
+        if not _is_first_process():
+            sys.exit(INTERRUPTED)
         started = RunFolder(folder)
         if started.started:
             rows = started.read_metrics()
@@ -261,6 +278,108 @@ def _predict(argv: list[str]) -> None:
             print(f"{path}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in pairs))
 
 
+def _interpret(argv: list[str]) -> None:
+    parser = _Parser("vlfast interpret", description=COMMANDS["interpret"])
+    parser.add_argument("run", help="the run's folder")
+    parser.add_argument("--top", type=int, default=3, help="how many words a context vector")
+    parser.add_argument(
+        "--classes",
+        type=int,
+        help="how many classes at most, where there is something to show for each: 3 of "
+        "class-specific contexts, 40 of a mixture",
+    )
+    parser.add_argument(
+        "--over-training",
+        action="store_true",
+        help="each vector's nearest word after every epoch, as a table and as words.png",
+    )
+    parser.add_argument(
+        "--mixture",
+        action="store_true",
+        help="which hard prompts the gate of a mixture picks for the test images of each class, "
+        "as a table and as mixture.png",
+    )
+    parser.add_argument("--output", help="the folder of the pictures; by default the run's")
+    parser.add_argument("--checkpoint", choices=("last", "best"), default="last")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    options = parser.parse_args(argv)
+    from vlfast.evaluation import interpret
+    from vlfast.evaluation.plots import plot_prompt_shares, plot_word_history
+    from vlfast.run import load
+
+    run = load(options.run, checkpoint=options.checkpoint, device=options.device)
+    folder = Path(options.output or options.run)
+    classes = {} if options.classes is None else {"classes": options.classes}
+    words = history = shares = None
+    if options.over_training:
+        history = interpret.words_over_training(run, **classes)
+        plot_word_history(history, folder / "words.png", title=f"nearest words, {run.folder.path}")
+    if options.mixture:
+        shares = interpret.prompt_shares(run, checkpoint=options.checkpoint)
+        title = f"hard prompts that the gate picks, {run.folder.path}"
+        plot_prompt_shares(shares, folder / "mixture.png", title=title, **classes)
+    if not (options.over_training or options.mixture):
+        words = interpret.context_words(run, count=options.top, **classes)
+    if options.json:
+        print(json.dumps(interpret.as_json(words, history, shares), indent=2))
+        return
+    if words is not None:
+        print(interpret.words_table(words))
+    if history is not None:
+        print(interpret.history_table(history))
+        print(f"picture: {folder / 'words.png'}")
+    if shares is not None:
+        print(interpret.shares_table(shares, **classes))
+        print(f"picture: {folder / 'mixture.png'}")
+
+
+def _cost(argv: list[str]) -> None:
+    parser = _Parser("vlfast cost", description=COMMANDS["cost"])
+    parser.add_argument("recipes", nargs="*", help="by default all of them")
+    parser.add_argument(
+        "--model",
+        default="ViT-B-16",
+        help="any name of open_clip, with random weights, or a bundled model",
+    )
+    parser.add_argument("--teacher", help="of recipes that need one; by default as --model")
+    parser.add_argument("--classes", type=int, default=100)
+    parser.add_argument("--batch-size", type=int, help="instead of the recipes' own")
+    parser.add_argument("--steps", type=int, default=5, help="how many are timed")
+    parser.add_argument("--config", metavar="FILE", help="a YAML file of options over the recipes'")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--output", metavar="FILE", help="write .csv, .md or .json too")
+    options = parser.parse_args(argv)
+    kinds = (".csv", ".md", ".json")
+    if options.output and Path(options.output).suffix not in kinds:
+        raise VlfastError(f"--output: expected a .csv, .md or .json file, got {options.output}")
+    from vlfast.evaluation import cost
+    from vlfast.trainers.config import merge_options
+
+    given: dict[str, Any] = {"model": {"device": options.device}}
+    if options.batch_size is not None:
+        given["recipe"] = {"batch_size": options.batch_size}
+    if options.config:
+        given = merge_options(_read_yaml(options.config), given)
+    costs = cost.compare_costs(
+        options.recipes or None,
+        model=options.model,
+        classes=options.classes,
+        teacher=options.teacher,
+        options=given,
+        steps=options.steps,
+        report=lambda one: print(f"{one.recipe} measured", file=sys.stderr),
+    )
+    about = cost.about(costs, options.model, options.classes)
+    if options.output:
+        cost.write_costs(costs, options.output, about)
+    if options.json:
+        print(json.dumps([asdict(one) for one in costs], indent=2))
+    else:
+        print(f"{cost.cost_table(costs)}\n{about}")
+
+
 def _demo(argv: list[str]) -> None:
     parser = _Parser("vlfast demo", description=COMMANDS["demo"])
     parser.add_argument("--theme", default="tools", help="which icons")
@@ -302,13 +421,13 @@ def _result_lines(result: dict[str, Any]) -> str:
         else "nothing trained"
     )
     head = f"{result['recipe']} on {data['name']}: {data['classes']} classes, {trained}"
-    return f"{head}\n{_accuracy_lines(result['accuracy'])}"
+    return f"{head}\n{_accuracy_lines(result['accuracy'], result.get('best'))}"
 
 
-def _accuracy_lines(accuracy: dict[str, Any]) -> str:
+def _accuracy_lines(accuracy: dict[str, Any], best: dict[str, Any] | None = None) -> str:
     from vlfast.evaluation.tables import accuracy_table
 
-    return accuracy_table(accuracy)
+    return accuracy_table(accuracy, best)
 
 
 def _print_usage() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
@@ -38,7 +39,6 @@ from vlfast.parts import (
     load_parts,
     load_teacher,
     prompts_of,
-    recorded_dataset,
     replace_template,
 )
 from vlfast.prompts import KINDS, HardPrompt, Prompts, tower_blocks
@@ -47,13 +47,16 @@ from vlfast.prompts.context import init_of_template
 from vlfast.trainers.averaging import check_averaging
 from vlfast.trainers.batches import open_stores
 from vlfast.trainers.config import Config, expand_shorthand, nest_options
+from vlfast.trainers.context_history import FILE as CONTEXTS
 from vlfast.trainers.device import make_accelerator, resolve_device
+from vlfast.trainers.distributed import check_batch
 from vlfast.trainers.feature_store import FeatureStore, about_data
-from vlfast.trainers.fit import fit_prompts
+from vlfast.trainers.fit import Fitted, OnStep, fit_prompts
 from vlfast.trainers.gradient_projection import check_projection
 from vlfast.trainers.images import TEST_BATCH, view_config
 from vlfast.trainers.recipes import resolve_config
 from vlfast.trainers.run_folder import CHECKPOINTS, RunFolder
+from vlfast.trainers.tensorboard import check_tensorboard
 from vlfast.version import __version__
 
 
@@ -89,6 +92,13 @@ class Run:
         return self.classifier.classnames
 
     @property
+    def dataset(self) -> Dataset:
+        """What it was trained on, with all its classes; loaded when first asked for."""
+        if self._dataset is None:
+            self._dataset = recorded_dataset(self.config)
+        return self._dataset
+
+    @property
     def result(self) -> dict[str, Any]:
         return self.folder.read_result()
 
@@ -103,9 +113,7 @@ class Run:
         """
         classifier, config = self.classifier, self.config.data
         if data is None:
-            if self._dataset is None:
-                self._dataset = recorded_dataset(self.config)
-            dataset = self._dataset
+            dataset = self.dataset
         else:
             dataset = data if isinstance(data, Dataset) else load_dataset(data, root or config.root)
             if dataset.name != config.name and config.template is None:
@@ -155,7 +163,7 @@ class Run:
         """Copy what ``vlfast.load`` needs (config, checkpoints, result) to another folder."""
         target = RunFolder(path)
         target.start(self.config)
-        tensors = [f"{name}.safetensors" for name in (*CHECKPOINTS, CLASS_FEATURES)]
+        tensors = [f"{name}.safetensors" for name in (*CHECKPOINTS, CLASS_FEATURES, CONTEXTS)]
         for name in [*tensors, "metrics.jsonl", "result.json"]:
             if (self.folder.path / name).is_file():
                 shutil.copyfile(self.folder.path / name, target.path / name)
@@ -216,8 +224,12 @@ def train(
     clip: ClipModel | None = None,
     dataset: Dataset | None = None,
     show_progress: bool = True,
+    on_step: OnStep | None = None,
 ) -> Run:
-    """Train and test what a full Config says; ``fit`` and the command line end here."""
+    """Train and test what a full Config says; ``fit`` and the command line end here.
+
+    on_step: called after each training step, see ``fit_prompts``.
+    """
     config = copy.deepcopy(config)
     check_config(config)
     config.output = str(config.output or default_output(config))
@@ -226,6 +238,8 @@ def train(
     folder = RunFolder(config.output)
     if not resume:
         folder.check_free()
+    if config.tensorboard:
+        check_tensorboard()
     names = None
     if config.data.dictionary is not None:
         names = read_dictionary(config.data.dictionary)
@@ -239,6 +253,7 @@ def train(
             )
         device = clip.device
     accelerator = make_accelerator(device, config.model.precision)
+    accelerator.wait_for_everyone()  # until all have looked whether the folder is free
     clip, dataset = load_parts(config, accelerator.device, clip, dataset)
     if config.data.template is not None:
         dataset = replace(dataset, template=config.data.template)
@@ -275,8 +290,8 @@ def train(
     _check_task(task, objectives)
     stores: dict[str, FeatureStore] = {}
     if config.recipe.epochs and len(drawn.train):
-        batch = min(config.recipe.batch_size, len(drawn.train)) // accelerator.num_processes
-        _check_batch(prompts, batch)
+        check_batch(config.recipe.batch_size, len(drawn.train), accelerator.num_processes)
+        _check_batch(prompts, min(config.recipe.batch_size, len(drawn.train)))
         stores = open_stores(config, clip, teacher, about_data(config, dataset, fingerprint, clip))
         if config.data.augment and config.data.views is None and stores:
             config.data.views = min(store.views for store in stores.values())
@@ -305,9 +320,10 @@ def train(
             stores=stores,
             resume=resume,
             show_progress=show_progress,
+            on_step=on_step,
         )
         run = Run(config, classifier, folder, dataset)
-        accuracy = run.evaluate()
+        accuracy, best = _test_checkpoints(run, dataset, fitted, accelerator)
     if accelerator.is_main_process:
         folder.write_result(
             {
@@ -315,6 +331,7 @@ def train(
                 "accuracy": accuracy,
                 "epochs": fitted.epochs,
                 "best_epoch": fitted.best_epoch,
+                "best": best,
                 "train_seconds": round(fitted.seconds, 3),
                 "data": {
                     "name": dataset.name,
@@ -411,6 +428,23 @@ def _learn_from_dictionary(task: Task, names: tuple[str, ...], config: Config) -
     )
 
 
+def _test_checkpoints(
+    run: Run, dataset: Dataset, fitted: Fitted, accelerator: Accelerator
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Scores of ``last``, which the run holds, and {"epoch", "accuracy"} of ``best`` where
+    validation images chose one. All processes take part."""
+    data = run.config.data
+    how = {"workers": data.workers, "accelerator": accelerator, "encoded": {}}
+    accuracy = evaluate_dataset(run.classifier, dataset, data.classes, **how)
+    if fitted.best_epoch is None:
+        return accuracy, None
+    best = accuracy
+    if fitted.best_epoch != fitted.epochs:
+        chosen = load(run.folder.path, checkpoint="best", clip=run.classifier.clip)
+        best = evaluate_dataset(chosen.classifier, dataset, data.classes, **how)
+    return accuracy, {"epoch": fitted.best_epoch, "accuracy": best}
+
+
 def _check_task(task: Task, objectives: Sequence[Objective]) -> None:
     for objective in objectives:
         if objective.needs_teacher and task.teacher is None:
@@ -430,7 +464,7 @@ def _check_batch(prompts: Prompts, batch: int) -> None:
     if batch < prompts.least_batch > 1:
         raise VlfastError(
             f"recipe.batch_size: the projector's batch norm needs at least {prompts.least_batch} "
-            f"images a step in each process, got {batch}"
+            f"images a step, got {batch}"
         )
 
 

@@ -90,3 +90,17 @@ def test_features_of_a_split_are_in_its_order(classifier):
     assert labels.tolist() == data.test.labels.tolist()
     reverse = data.test.at(list(range(len(data.test)))[::-1])
     torch.testing.assert_close(encode_split(classifier, reverse)[0].flip(0), features)
+
+
+def test_table_of_two_checkpoints():
+    def whole(accuracy):
+        scores = {"test": {"accuracy": accuracy, "macro_f1": accuracy - 1, "images": 9}}
+        return {**scores, "domains": {"noisy": scores}}
+
+    lines = accuracy_table(whole(50.0), {"epoch": 7, "accuracy": whole(60.0)}).splitlines()
+    assert [line.split() for line in lines[1:]] == [
+        ["test,", "last", "50.0", "49.0"],
+        ["test,", "best", "(epoch", "7)", "60.0", "59.0"],
+        ["noisy,", "last", "50.0", "49.0"],
+        ["noisy,", "best", "(epoch", "7)", "60.0", "59.0"],
+    ]

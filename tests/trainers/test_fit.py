@@ -31,6 +31,7 @@ def test_run_folder_is_complete(tiny_clip, tmp_path):
         "last.safetensors",
         "best.safetensors",
         "state.safetensors",
+        "contexts.safetensors",
         "result.json",
     }
     rows = run.folder.read_metrics()

@@ -129,7 +129,8 @@ def load_clip(
     name: "glyphs-student" or "glyphs-teacher" (they ship with the package), a model name of
     open_clip, or the path of an OpenAI archive (its architecture is read from the file).
     pretrained: an open_clip tag ("openai", "laion2b_s34b_b79k", ...) or the path of a weight file
-    (safetensors, a state dict, or an OpenAI JIT archive); None only where the name says it all.
+    (safetensors, a state dict, or an OpenAI JIT archive); None only where the name says it all;
+    "random" for weights as they are drawn, to measure or test with.
     A state dict does not say which GELU it was trained with: for OpenAI's weights choose the name
     that ends in "-quickgelu" (a JIT archive needs no such care).
 
@@ -233,6 +234,10 @@ def _load_open_clip(name: str, pretrained: str | None) -> nn.Module:
         raise VlfastError(
             f"pretrained: {name} needs weights: a tag ({examples}) or the path of a file"
         )
+    if pretrained == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return _create(name, None)
     if _is_path(pretrained):
         path = Path(pretrained)
         if _is_jit_archive(path):

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from vlfast.clip.models import ClipModel
 
+VECTORS_AT_ONCE = 256  # 50 MB of distances to CLIP's vocabulary
+
 
 def nearest_words(
     clip: ClipModel, vectors: Tensor, count: int = 3
@@ -20,15 +22,18 @@ def nearest_words(
     """
     known = clip.known_tokens.nonzero().squeeze(1)
     words = clip.token_embedding.float().cpu()[known]
-    distances = torch.cdist(vectors.detach().float().cpu(), words)
-    nearest = distances.topk(min(count, len(known)), largest=False)
-    return [
-        [
-            (clip.tokenizer.decode([int(known[i])]).strip(), float(d))
-            for i, d in zip(indices, values, strict=True)
+    found = []
+    for part in vectors.detach().float().cpu().split(VECTORS_AT_ONCE):
+        nearest = torch.cdist(part, words).topk(min(count, len(known)), largest=False)
+        rows = zip(nearest.indices.tolist(), nearest.values.tolist(), strict=True)
+        found += [
+            [
+                (clip.tokenizer.decode([int(known[i])]).strip(), d)
+                for i, d in zip(indices, distances, strict=True)
+            ]
+            for indices, distances in rows
         ]
-        for indices, values in zip(nearest.indices.tolist(), nearest.values.tolist(), strict=True)
-    ]
+    return found
 
 
 def check_vocabulary(clip: ClipModel, texts: Sequence[str], what: str) -> list[str]:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from vlfast.evaluation.interpret import PromptShares, WordHistory
+
 # Okabe and Ito's colours, which remain distinct to colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 RIGHT, WRONG, INK, FAINT = "#009E73", "#B3261E", "#202124", "#80868B"
@@ -100,6 +102,94 @@ def plot_predictions(
                 fontweight="bold" if right else "normal",
             )
     _save(figure, path)
+
+
+def plot_word_history(history: WordHistory, path: str | Path, *, title: str) -> None:
+    """A row a context vector, over epochs: its nearest word, and as a colour how far away that is.
+
+    A word is written where it becomes the nearest, if there is room for it. Writes a PNG.
+    """
+    epochs, count = history.distances.shape
+    width, row = 9.5, 0.34
+    figure = _figure(width + 2.2, row * count + 1.3)
+    axis = figure.subplots()
+    image = axis.imshow(
+        history.distances.T,
+        aspect="auto",
+        cmap="YlGnBu",
+        interpolation="nearest",
+        extent=(-0.5, epochs - 0.5, count - 0.5, -0.5),
+    )
+    room = width / epochs  # inches an epoch
+    for vector in range(count):
+        words = [of_epoch[vector] for of_epoch in history.words]
+        for start, end in _runs_of(words):
+            if start:
+                axis.plot([start - 0.5] * 2, [vector - 0.5, vector + 0.5], color="white", lw=1.2)
+            if room * (end - start) > 0.07 * len(words[start]) + 0.12:
+                shade = image.norm(history.distances[start, vector])
+                axis.text(
+                    start - 0.5 + 0.06 / room,
+                    vector,
+                    words[start],
+                    fontsize=8.5,
+                    va="center",
+                    color="white" if shade > 0.55 else INK,
+                )
+    axis.set_yticks(range(count), history.vectors, fontsize=9)
+    axis.set_xlabel("epoch (0: before training)", color=FAINT)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.tick_params(length=0, colors=INK)
+    for side in axis.spines.values():
+        side.set_visible(False)
+    axis.set_yticks([v + 0.5 for v in range(count - 1)], minor=True)
+    axis.grid(axis="y", which="minor", color="white", linewidth=2)
+    axis.tick_params(which="minor", length=0)
+    axis.set_title(title, fontsize=11, color=INK, loc="left")
+    bar = figure.colorbar(image, ax=axis, fraction=0.04, pad=0.015)
+    bar.set_label("distance to the nearest word", color=FAINT, fontsize=9)
+    bar.ax.tick_params(colors=FAINT, length=0)
+    bar.outline.set_visible(False)
+    _save(figure, path)
+
+
+def plot_prompt_shares(
+    shares: PromptShares, path: str | Path, *, title: str, classes: int = 40
+) -> None:
+    """Classes x hard prompts: percent of a class's images that each prompt teaches. Writes a PNG.
+
+    classes: how many of the first are shown, below the mean over all of them.
+    """
+    shown = shares.shares[:classes]
+    rows = [shares.shares.mean(axis=0), *shown]
+    labels = ["all classes", *shares.classnames[:classes]]
+    columns = len(shares.templates)
+    figure = _figure(0.5 * columns + 3.4, 0.26 * len(rows) + 2.4)
+    axis = figure.subplots()
+    image = axis.imshow(rows, aspect="auto", cmap="YlGnBu", vmin=0, interpolation="nearest")
+    for y, row in enumerate(rows):
+        for x, share in enumerate(row):
+            if share >= 0.005:
+                colour = "white" if image.norm(share) > 0.55 else INK
+                axis.text(
+                    x, y, f"{100 * share:.0f}", fontsize=7.5, ha="center", va="center", color=colour
+                )
+    axis.axhline(0.5, color="white", linewidth=4)
+    axis.set_yticks(range(len(rows)), labels, fontsize=9)
+    axis.xaxis.tick_top()
+    slanted = {"rotation": 35, "ha": "left", "rotation_mode": "anchor"}
+    axis.set_xticks(range(columns), shares.templates, fontsize=8.5, **slanted)
+    axis.tick_params(length=0, colors=INK)
+    for side in axis.spines.values():
+        side.set_visible(False)
+    figure.suptitle(f"{title} (%)", fontsize=11, color=INK, x=0.01, ha="left")
+    _save(figure, path)
+
+
+def _runs_of(values: Sequence[str]) -> list[tuple[int, int]]:
+    """[start, end) of each stretch of equal values."""
+    starts = [i for i, value in enumerate(values) if i == 0 or value != values[i - 1]]
+    return list(zip(starts, [*starts[1:], len(values)], strict=True))
 
 
 def _figure(width: float, height: float) -> Figure:

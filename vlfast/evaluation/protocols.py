@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from accelerate import Accelerator
+from torch import Tensor
+
 from vlfast.data.dataset import ClassSubset, Dataset
 from vlfast.evaluation.metrics import harmonic_mean, score
 from vlfast.prompts.classifier import PromptedClassifier
+from vlfast.trainers.distributed import gather_shares, share_of
 from vlfast.trainers.images import encode_split
 
 
@@ -16,6 +20,9 @@ def evaluate_dataset(
     dataset: Dataset,
     classes: ClassSubset,
     workers: int | None = None,
+    *,
+    accelerator: Accelerator | None = None,
+    encoded: dict[tuple[str, str], tuple[Tensor, Tensor]] | None = None,
 ) -> dict[str, Any]:
     """Scores on ``dataset`` (all of its classes) for prompts trained on ``classes``.
 
@@ -23,7 +30,12 @@ def evaluate_dataset(
     base-to-new protocol: {"base", "new", "harmonic_mean", "domains": {name: {the same three}}};
     each half is a closed label set. Prompts that know only the classes they were learned for
     (class_specific) get no new half. A score is {accuracy, macro_f1, images}, in percent.
+
+    accelerator: its processes share the images, all of them must call, and all get the scores.
+    encoded: where image features are kept for the next call with the same images and model; those
+    of prompts in the image tower are not.
     """
+    keep = encoded is not None and not classifier.prompts.learns_images
     tests = {"": "test", **{name: name for name in dataset.domains}}
     scores: dict[str, dict[str, Any]] = {domain: {} for domain in tests}
     for part in _parts(classifier, dataset, classes):
@@ -31,10 +43,19 @@ def evaluate_dataset(
         named = classifier.for_classes(half.classnames)
         for domain, split_name in tests.items():
             split = half.splits()[split_name]
-            if len(split):
-                features, labels = encode_split(classifier, split, workers=workers)
-                found = score(named.predict(features), labels)
-                scores[domain][part] = asdict(found)
+            if not len(split):
+                continue
+            found = encoded.get((part, domain)) if keep else None
+            if found is None:
+                mine = share_of(split, accelerator)
+                found = encode_split(classifier, mine, workers=workers)
+            if keep:
+                encoded[part, domain] = found
+            logits, labels = (
+                gather_shares(rows, len(split), accelerator)
+                for rows in (named.predict(found[0]), found[1])
+            )
+            scores[domain][part] = asdict(score(logits, labels))
     results = {domain: _arrange(of_parts, classes) for domain, of_parts in scores.items()}
     main = results.pop("")
     return {**main, "domains": results} if results else main

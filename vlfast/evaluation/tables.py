@@ -19,9 +19,22 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def accuracy_table(accuracy: Mapping[str, Any]) -> str:
-    """A run's accuracy, one line a test set: base, new and harmonic mean, or the test accuracy."""
+def accuracy_table(accuracy: Mapping[str, Any], best: Mapping[str, Any] | None = None) -> str:
+    """A run's accuracy, one line a test set: base, new and harmonic mean, or the test accuracy.
+
+    best: {"epoch", "accuracy"} of the epoch that the validation images chose; each set then has a
+    line for it below that of the last epoch.
+    """
     sets = {"test": accuracy, **accuracy.get("domains", {})}
+    if best is not None:
+        chosen = best["accuracy"]
+        of_best = {"test": chosen, **chosen.get("domains", {})}
+        named = f"best (epoch {best['epoch']})"
+        sets = {
+            f"{name}, {which}": scores
+            for name in sets
+            for which, scores in (("last", sets[name]), (named, of_best[name]))
+        }
     if "base" in accuracy:
         header = ["accuracy, %", "base", "new", "harmonic mean"]
         rows = [[name, *base_new_cells(scores)] for name, scores in sets.items()]

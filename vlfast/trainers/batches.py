@@ -97,12 +97,13 @@ def training_loader(
     workers: int | None,
     device: torch.device,
 ) -> DataLoader:
-    """Batches in the sampler's order; the last one is dropped where it is not full."""
+    """Batches in the sampler's order; the last one is dropped where it is not full. Fewer images
+    than a batch are one."""
     return DataLoader(
         views,
-        batch_size=batch_size,
+        batch_size=min(batch_size, len(views)),
         sampler=sampler,
-        drop_last=len(views) >= batch_size,
+        drop_last=True,
         num_workers=loader_workers(views.views.split, workers) if views.pixels else 0,
         pin_memory=device.type == "cuda",
         collate_fn=_as_it_is,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +22,14 @@ from vlfast.prompts.classifier import PromptedClassifier
 from vlfast.trainers.averaging import Averaging
 from vlfast.trainers.batches import Stores, TrainingViews, training_loader
 from vlfast.trainers.config import Config
+from vlfast.trainers.context_history import ContextHistory
+from vlfast.trainers.distributed import average, begin_alike, gather_shares, share_of
 from vlfast.trainers.gradient_projection import GradientProjection
 from vlfast.trainers.images import encode_split, view_config
 from vlfast.trainers.progress import Progress
 from vlfast.trainers.run_folder import RunFolder, load_learned
 from vlfast.trainers.schedule import learning_rate
+from vlfast.trainers.tensorboard import TensorBoard
 
 CHECK_EVERY = 50  # steps between looks at the loss on a GPU, where each look waits for the device
 
@@ -38,7 +40,7 @@ class NonFiniteLossError(VlfastError):
 
 class TrainingStep(nn.Module):
     """A batch to the loss and its terms. Its parameters are the learnable tensors; the frozen
-    models stay outside, so that distributed training moves only what learns.
+    models stay outside.
 
     general: a term that is not in the loss and keeps its graph, for gradient projection.
     """
@@ -96,7 +98,7 @@ class TrainingStep(nn.Module):
         terms = {}
         for objective in self.objectives.values():
             for name, value in objective(step).items():
-                terms[name] = value.detach()
+                terms[name] = value.detach().float()
                 loss = loss + objective.weight_of(name) * value
         if task.labelled and step.has_logits:
             right = step.logits.argmax(dim=1) == batch.labels
@@ -114,6 +116,9 @@ class TrainingStep(nn.Module):
             for name, tensor in objective.state_dict().items():
                 tensors[f"objectives.{kind}.{name}"] = tensor
         return tensors
+
+
+OnStep = Callable[[TrainingStep, int], None]
 
 
 class EpochSampler(Sampler[int]):
@@ -154,6 +159,7 @@ def fit_prompts(
     stores: Stores | None = None,
     resume: bool = False,
     show_progress: bool = True,
+    on_step: OnStep | None = None,
 ) -> Fitted:
     """Train the task's prompts on ``dataset.train``, with objectives that are prepared.
 
@@ -165,7 +171,11 @@ def fit_prompts(
     After each epoch ``last`` and, where the validation accuracy grew, ``best`` are written to the
     folder, with a row of metrics. With ``resume`` it goes on after the last finished epoch; the
     order, the views and every random draw of an epoch depend on the seed and the epoch alone, so
-    a resumed run is the same, bit for bit on a CPU. Raises NonFiniteLossError naming the term.
+    a resumed run is the same, bit for bit on a CPU. Several processes share each batch and average
+    their gradients, which gives the run of one process up to rounding; the first alone writes.
+    Raises NonFiniteLossError naming the term.
+
+    on_step: called after each step with what is trained and the step's number in its epoch.
     """
     recipe, classifier = config.recipe, classifier or task.classifier
     training = TrainingStep(task, objectives, general)
@@ -179,7 +189,13 @@ def fit_prompts(
         raise VlfastError(f"data: {dataset.name} has no training images")
     averaging = Averaging.of_recipe(recipe, training.named_parameters())
     state = _State(
-        training, classifier, parameters, recipe.momentum, recipe.weight_decay, averaging
+        training,
+        classifier,
+        parameters,
+        recipe.momentum,
+        recipe.weight_decay,
+        averaging,
+        accelerator.scaler,
     )
     projection = None
     if general is not None:
@@ -189,6 +205,7 @@ def fit_prompts(
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             folder.keep_metrics(state.epoch)
+    begin_alike(training, accelerator)
     if not recipe.epochs:
         if accelerator.is_main_process:
             state.write(folder, best=False)
@@ -201,15 +218,17 @@ def fit_prompts(
     loader = training_loader(
         views, sampler, recipe.batch_size, config.data.workers, accelerator.device
     )
-    step, optimizer, loader = accelerator.prepare(training, state.optimizer, loader)
+    optimizer, loader = accelerator.prepare(state.optimizer, loader)
     has_val, val = len(dataset.val) > 0, None
+    writes = accelerator.is_main_process
+    history = ContextHistory(classifier, folder, state.epoch) if writes else None
 
-    with Progress(
-        recipe.epochs,
-        len(loader),
-        start=state.epoch,
-        show=show_progress and accelerator.is_main_process,
-    ) as progress:
+    with (
+        Progress(
+            recipe.epochs, len(loader), start=state.epoch, show=show_progress and writes
+        ) as progress,
+        TensorBoard(folder, enabled=config.tensorboard and writes) as board,
+    ):
         for epoch in range(state.epoch + 1, recipe.epochs + 1):
             started = time.perf_counter()
             torch.manual_seed(_epoch_seed(config.seed, epoch))
@@ -226,7 +245,7 @@ def fit_prompts(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             means = _train_epoch(
-                step,
+                training,
                 optimizer,
                 loader,
                 accelerator,
@@ -235,15 +254,19 @@ def fit_prompts(
                 folder,
                 progress,
                 projection,
+                on_step,
             )
             if averaging is not None:
                 averaging.epoch_done(epoch)
-            step.eval()
+            training.eval()
             row: dict[str, Any] = {"epoch": epoch, "lr": rate, **means}
             if has_val:
                 if val is None or classifier.prompts.learns_images:
-                    val = encode_split(classifier, dataset.val, workers=config.data.workers)
-                row["val_accuracy"] = _accuracy(classifier.predict(val[0]), val[1])
+                    part = share_of(dataset.val, accelerator)
+                    val = encode_split(classifier, part, workers=config.data.workers)
+                right = classifier.predict(val[0]).argmax(dim=1) == val[1]
+                right = gather_shares(right, len(dataset.val), accelerator)
+                row["val_accuracy"] = 100 * right.double().mean().item()
             state.seconds += time.perf_counter() - started
             row["seconds"] = round(state.seconds, 3)
             better = has_val and row["val_accuracy"] > state.best_accuracy
@@ -251,17 +274,19 @@ def fit_prompts(
                 state.best_accuracy, state.best_epoch = row["val_accuracy"], epoch
             _check_parameters(training, epoch, state.epoch, folder)
             state.epoch = epoch
-            if accelerator.is_main_process:
-                # The row first: resuming drops rows of epochs that have no checkpoint.
+            if writes:
+                # What grows by epochs first: resuming drops epochs that have no checkpoint.
                 folder.append_metrics(row)
+                history.append()
                 state.write(folder, best=better)
+                board.add(row)
             accelerator.wait_for_everyone()
             progress.epoch_done(row)
     return Fitted(state.epoch, state.seconds, state.best_epoch or None)
 
 
 def _train_epoch(
-    step: nn.Module,
+    step: TrainingStep,
     optimizer: torch.optim.Optimizer,
     loader: DataLoader,
     accelerator: Accelerator,
@@ -270,6 +295,7 @@ def _train_epoch(
     folder: RunFolder,
     progress: Progress,
     projection: GradientProjection | None = None,
+    on_step: OnStep | None = None,
 ) -> dict[str, float]:
     """One pass; the mean of the loss and of each term, over steps and processes."""
     step.train()
@@ -277,8 +303,7 @@ def _train_epoch(
     look_every = 1 if accelerator.device.type == "cpu" else CHECK_EVERY
     for number, batch in enumerate(_batches(loader, step, accelerator), start=1):
         optimizer.zero_grad()
-        syncing = projection.forward_context(accelerator, step) if projection else nullcontext()
-        with syncing, accelerator.autocast():
+        with accelerator.autocast():
             loss, terms = step(batch)
         for name, value in {"loss": loss, **terms}.items():
             value = value.detach()
@@ -289,11 +314,14 @@ def _train_epoch(
             progress.step_done(number, means)
         if projection is None:
             accelerator.backward(loss)
+            average([p.grad for p in step.parameters()], accelerator)
         else:
             projection.backward(accelerator, loss, terms[GeneralKnowledge.kind])
         if clip_grad_norm is not None:
             accelerator.clip_grad_norm_(step.parameters(), clip_grad_norm)
         optimizer.step()
+        if on_step is not None:
+            on_step(step, number)
     names = list(sums)
     totals = accelerator.reduce(torch.stack([sums[n] for n in names]) / len(loader), "mean")
     means = dict(zip(names, totals.tolist(), strict=True))
@@ -302,14 +330,13 @@ def _train_epoch(
     return means
 
 
-def _batches(loader: DataLoader, step: nn.Module, accelerator: Accelerator) -> Iterator[Batch]:
+def _batches(loader: DataLoader, step: TrainingStep, accelerator: Accelerator) -> Iterator[Batch]:
     """Batches with their frozen part, which is begun one step before it is needed."""
-    training = accelerator.unwrap_model(step)
     ready = None
     with worker_errors():
         for parts in loader:
             with accelerator.autocast():
-                batch = training.look_ahead(Batch(**parts))
+                batch = step.look_ahead(Batch(**parts))
             if ready is not None:
                 yield ready
             ready = batch
@@ -340,8 +367,8 @@ def _diverged(what: str, finished: int, folder: RunFolder) -> NonFiniteLossError
 
 
 class _State:
-    """What resuming needs: what is learned, momentum, the epoch, the best so far. Random state
-    needs no place here, since the seed and the epoch fix it."""
+    """What resuming needs: what is learned, momentum, the epoch, the best so far, the loss scale of
+    fp16. Random state needs no place here, since the seed and the epoch fix it."""
 
     def __init__(
         self,
@@ -351,10 +378,12 @@ class _State:
         momentum: float,
         weight_decay: float,
         averaging: Averaging | None = None,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         self.training = training
         self.classifier = classifier
         self.averaging = averaging
+        self.scaler = scaler
         self.optimizer = None
         if parameters:
             self.optimizer = torch.optim.SGD(
@@ -390,6 +419,7 @@ class _State:
                 "seconds": self.seconds,
                 "best_accuracy": self.best_accuracy,
                 "best_epoch": self.best_epoch,
+                "scaler": self.scaler.state_dict() if self.scaler else {},
             },
         )
 
@@ -414,10 +444,8 @@ class _State:
         self.seconds = about["seconds"]
         self.best_accuracy = about["best_accuracy"]
         self.best_epoch = about["best_epoch"]
-
-
-def _accuracy(logits: Tensor, labels: Tensor) -> float:
-    return 100 * (logits.argmax(dim=1) == labels).double().mean().item()
+        if self.scaler and about["scaler"]:
+            self.scaler.load_state_dict(about["scaler"])
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:

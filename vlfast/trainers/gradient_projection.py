@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from vlfast.errors import VlfastError
 from vlfast.trainers.config import RecipeConfig
+from vlfast.trainers.distributed import average
 
 
 class GradientProjection:
@@ -26,13 +26,6 @@ class GradientProjection:
         self.factor = factor
         self.parameters = list(parameters)
 
-    def forward_context(
-        self, accelerator: Accelerator, step: nn.Module
-    ) -> AbstractContextManager[None]:
-        """For the forward pass: gradients of processes are averaged here, one loss at a time, so
-        distributed training is not to wait for them."""
-        return accelerator.no_sync(step)
-
     def backward(self, accelerator: Accelerator, loss: Tensor, general: Tensor) -> None:
         """Write each parameter's ``grad``, times the gradient scaler's factor where there is one,
         as ``accelerator.backward`` does."""
@@ -42,7 +35,7 @@ class GradientProjection:
             torch.autograd.grad(x, self.parameters, retain_graph=x is losses[0], allow_unused=True)
             for x in losses
         )
-        of_loss, of_general = _mean_over_processes(of_loss), _mean_over_processes(of_general)
+        average([*of_loss, *of_general], accelerator)
         for parameter, gradient, known in zip(self.parameters, of_loss, of_general, strict=True):
             if gradient is not None and known is not None:
                 gradient = project(gradient, known, self.factor)
@@ -56,23 +49,6 @@ def project(gradient: Tensor, general: Tensor, factor: float) -> Tensor:
     # Where <g, k> is negative k is not zero.
     share = factor * along.clamp_max(0) / general.square().sum().clamp_min(1e-38)
     return gradient - share * general
-
-
-def _mean_over_processes(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """In one message. Which parameters a loss reaches is the same in all processes."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return list(gradients)
-    flat = torch.cat([g.flatten() for g in gradients if g is not None])
-    distributed.all_reduce(flat)
-    flat /= distributed.get_world_size()
-    mean, start = [], 0
-    for gradient in gradients:
-        if gradient is None:
-            mean.append(None)
-            continue
-        mean.append(flat[start : start + gradient.numel()].view_as(gradient))
-        start += gradient.numel()
-    return mean
 
 
 def check_projection(recipe: RecipeConfig) -> None:
