@@ -39,6 +39,7 @@ from vlfast.parts import (
     load_parts,
     load_teacher,
     prompts_of,
+    recorded_dataset,
     replace_template,
 )
 from vlfast.prompts import KINDS, HardPrompt, Prompts, tower_blocks

@@ -17,14 +17,16 @@ class Prompts(nn.Module):
     to the CLIP. ``class_bound`` says that they know only the classes they were made for,
     ``per_image`` that the class features depend on the image, ``learns_images`` that the image
     features depend on what is learned, ``reads_pixels`` that those of the frozen image tower are
-    not enough for them. ``least_batch``: images that a training step needs. ``width``: of the
-    features, where it is not the CLIP's.
+    not enough for them, ``encodes_names`` that the class features are encoded from the class names
+    by the CLIP's own text tower. ``least_batch``: images that a training step needs. ``width``: of
+    the features, where it is not the CLIP's.
     """
 
     kind: str
     class_bound = False
     per_image = False
     learns_images = False
+    encodes_names = True
     least_batch = 1
     width: int | None = None
 

@@ -30,7 +30,7 @@ class PromptedClassifier:
         self.prompts = prompts
         self.classnames = tuple(classnames)
         self.template = template
-        if not prompts.fixed_classes:
+        if prompts.encodes_names:
             check_vocabulary(clip, self.classnames, "classnames")
         self.tokens = prompts.tokenize(clip, self.classnames, template)
         self._features = FeatureCache()

@@ -131,6 +131,7 @@ class ProjectedPrompts(Prompts):
         self.class_bound = inner.class_bound and classes is None
         self.per_image = inner.per_image and classes is None
         self.learns_images = inner.learns_images or layers is not None
+        self.encodes_names = classes is None
         self.least_batch = max(inner.least_batch, 2 if (layers or 1) > 1 else 1)
         if classes is not None:
             _freeze_what_images_do_without(clip, inner)
