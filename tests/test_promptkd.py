@@ -8,8 +8,9 @@ import vlfast
 from tests.trainers.support import PlainDistillation
 from vlfast.errors import VlfastError
 from vlfast.objectives import KINDS
+from vlfast.parts import class_table
 from vlfast.prompts import KINDS as PROMPTS
-from vlfast.trainers.config import Config
+from vlfast.trainers.config import Config, build_config
 
 DATA = {"name": "glyphs/tools", "classes": "base"}
 OBJECTIVE = {"kind": PlainDistillation.kind, "weight": 1000.0}
@@ -167,7 +168,6 @@ def test_own_class_features_with_a_projector(tmp_path):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"teacher": {}}, "prompts.class_features: the teacher's asked for, but there is no"),
         ({"batch_size": 1}, "recipe.batch_size: the projector's batch norm needs at least 2"),
         ({"objectives": [{"kind": "labels"}]}, "data.unlabelled: the labels objective needs"),
         ({"prompts": {**STUDENT, "projector": 7}}, "expected 1 to 3 layers, got 7"),
@@ -177,6 +177,12 @@ def test_refusals(tmp_path, options, match):
     with pytest.raises((VlfastError, ValueError), match=match):
         distil(tmp_path / "run", **{"teacher": "glyphs-teacher", **options})
     assert not (tmp_path / "run").exists()
+
+
+def test_the_teachers_class_features_need_a_teacher():
+    config = build_config({"prompts": {"class_features": "teacher"}})
+    with pytest.raises(VlfastError, match="prompts.class_features: .* there is no teacher"):
+        class_table(config, vlfast.load_dataset(DATA["name"]), None)
 
 
 def test_defaults_have_no_projector():
