@@ -289,7 +289,7 @@ def test_towers_that_take_no_prompts():
 
 def test_the_tower_is_made_once(tiny_clip):
     assert tiny_clip.vision_tower is tiny_clip.vision_tower
-    assert tiny_clip.embed_dim == 32
+    assert tiny_clip.width == 32
 
 
 @pytest.mark.parametrize(

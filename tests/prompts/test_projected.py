@@ -149,7 +149,9 @@ def test_own_class_features_keep_the_width(tiny_clip):
     step = Step(Task(model, "letters"), Batch(torch.zeros(4).long(), frozen=torch.randn(4, 32)))
     step.logits.sum().backward()
     assert model.width == 32 and inner.context.grad is not None
-    assert prompts.context_vectors() is inner.context and prompts.encodes_names and prompts.learns_text
+    assert (
+        prompts.context_vectors() is inner.context and prompts.encodes_names and prompts.learns_text
+    )
     assert prompts.learns_images and not prompts.reads_pixels
 
 

@@ -221,7 +221,7 @@ def test_promptkd_takes_all_images_without_labels():
         "teacher",
         "mean",
     )
-    assert config.teacher.name == "ViT-H-14-quickgelu"
+    assert config.teacher.name is None  # the first stage's run
     assert resolve_config(given("promptkd", shots=64)).data.shots == 64
 
 
@@ -275,6 +275,7 @@ def test_depth_is_that_of_the_towers():
 
 def test_the_small_model_learns_from_the_large_one():
     assert resolve_config({"recipe": "kdpl"}).teacher.name == "glyphs-teacher"
+    assert resolve_config(given("kdpl")).teacher.name == "ViT-H-14-quickgelu"
     own = resolve_config({"recipe": "kdpl", "teacher": {"run": "runs/teacher"}})
     assert (own.teacher.name, own.teacher.run) == (None, "runs/teacher")
 

@@ -72,15 +72,6 @@ class ClipModel:
         as a ResNet."""
         return VisionTower(self.model)
 
-    @cached_property
-    def embed_dim(self) -> int:
-        """D, the size of features."""
-        size = getattr(self.model.visual, "output_dim", None)
-        if isinstance(size, int):
-            return size
-        blank = torch.zeros(1, 3, self.image_size, self.image_size, device=self.device)
-        return self.encode_images(blank).shape[-1]
-
     @torch.no_grad()
     def encode_images(self, images: Tensor, *, normalize: bool = True) -> Tensor:
         """Features [B, D], fp32, of preprocessed images [B, 3, S, S], without autograd."""

@@ -128,7 +128,7 @@ def cost_config(
     objective learns from one, or the data or prompts ask for it."""
     own = {"recipe": {"name": recipe}, "model": _weights(model)}
     config = resolve_config(merge_options(own, options or {}))
-    if _learns_from_teacher(config) and config.teacher.name is None:
+    if _learns_from_teacher(config) and not (options or {}).get("teacher"):
         with_teacher = {**own, "teacher": _weights(teacher or model)}
         config = resolve_config(merge_options(with_teacher, options or {}))
     return config

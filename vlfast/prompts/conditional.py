@@ -30,7 +30,7 @@ class ConditionalContext(Prompts):
         self, clip: ClipModel, *, n_ctx: int | None = 4, init: str | None = "a photo of a"
     ) -> None:
         super().__init__()
-        features, hidden = clip.embed_dim, max(1, clip.embed_dim // 16)
+        features, hidden = clip.width, max(1, clip.width // 16)
         self.context = nn.Parameter(initial_context(clip, n_ctx, init))
         layers = [
             ("linear1", nn.Linear(features, hidden)),

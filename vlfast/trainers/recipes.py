@@ -138,7 +138,7 @@ def _vpt(case: Case) -> Overrides:
         "prompts": {
             "kind": "visual",
             "n_ctx": None,
-            "init": None,
+            "init": "auto",
             "n_visual": 8,
             "visual_depth": case.image_depth(12),
         },
@@ -190,9 +190,11 @@ def _promptsrc(case: Case) -> Overrides:
         "cross-dataset": (20, 3, 6.0, 10.0),
         "few-shot": (50, 9, 30.0, 30.0),
     }[case.setting]
+    # The tiny models never read most words of the 60 templates for photographs.
+    templates = "dataset" if case.data.name.startswith("glyphs/") else "imagenet"
     return {
         "prompts": _independent(case, 4, depth),
-        "objectives": [{"kind": "labels"}, {"kind": "self_regulation"}],
+        "objectives": [{"kind": "labels"}, {"kind": "self_regulation", "templates": templates}],
         "recipe": _sgd(epochs, 4, 0.0025, average_mean=mean, average_std=std),
     }
 
@@ -267,7 +269,7 @@ def _promptkd(case: Case) -> Overrides:
         "prompts": {
             "kind": "visual",
             "n_ctx": None,
-            "init": None,
+            "init": "auto",
             "n_visual": 4,
             "visual_depth": case.image_depth(3 if cross else 9),
             "projector": 2,
@@ -486,12 +488,14 @@ def recipe_config(name: str, case: Case) -> Overrides:
     return filled
 
 
-def default_teacher(model: ModelConfig) -> Overrides:
-    """The teacher that KDPL names ([KDPL] trainers/kdpl_utils.py), or the larger of the two tiny
-    models for the smaller."""
+def default_teacher(recipe: str, model: ModelConfig) -> Overrides:
+    """The teacher where none is named: the larger of the two tiny models for the smaller, and the
+    one that KDPL names for its recipes ([KDPL] trainers/kdpl_utils.py); elsewhere there is none."""
     if model.name == "glyphs-student":
         return {"name": "glyphs-teacher"}
-    return {"name": "ViT-H-14-quickgelu", "pretrained": "dfn5b"}
+    if recipe in ("kdpl", "kdpl-ca"):
+        return {"name": "ViT-H-14-quickgelu", "pretrained": "dfn5b"}
+    return {}
 
 
 def resolve_config(given: Mapping[str, Any], blocks: tuple[int, int] | None = None) -> Config:
@@ -537,8 +541,9 @@ def resolve_config(given: Mapping[str, Any], blocks: tuple[int, int] | None = No
         raise VlfastError(f"objectives: expected each kind once, got {', '.join(kinds)}")
     taught = any(KINDS[kind].needs_teacher for kind in kinds)
     taught = taught or merged["prompts"].get("class_features") == "teacher"
-    if taught and not {"name", "run", "features"} & set(merged.get("teacher", {})):
-        merged["teacher"] = {**merged.get("teacher", {}), **default_teacher(partial.model)}
+    teacher = merged.get("teacher", {})
+    if taught and not any(teacher.get(source) for source in ("name", "run", "features")):
+        merged["teacher"] = {**teacher, **default_teacher(name, partial.model)}
     config = build_config(merged)
     _check_values(config)
     _check_combination(config)
