@@ -304,7 +304,7 @@ def _interpret(argv: list[str]) -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     options = parser.parse_args(argv)
-    from vlfast.evaluation import interpret
+    from vlfast import interpret
     from vlfast.evaluation.plots import plot_prompt_shares, plot_word_history
     from vlfast.run import load
 
@@ -354,7 +354,7 @@ def _cost(argv: list[str]) -> None:
     kinds = (".csv", ".md", ".json")
     if options.output and Path(options.output).suffix not in kinds:
         raise VlfastError(f"--output: expected a .csv, .md or .json file, got {options.output}")
-    from vlfast.evaluation import cost
+    from vlfast import cost
     from vlfast.trainers.config import merge_options
 
     given: dict[str, Any] = {"model": {"device": options.device}}

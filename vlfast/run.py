@@ -3,62 +3,37 @@
 from __future__ import annotations
 
 import copy
-import platform
 import shutil
-import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
 from vlfast.clip.models import ClipModel
 from vlfast.data.catalog import load_dataset
 from vlfast.data.dataset import Dataset
-from vlfast.data.dictionary import DICTIONARY_TEMPLATE, read_dictionary
 from vlfast.data.folder import open_image
-from vlfast.data.templates import prograd_template
 from vlfast.data.views import image_batch
-from vlfast.errors import VlfastError
 from vlfast.evaluation.protocols import evaluate_dataset
-from vlfast.objectives import Candidates, Objective, Task, build_objectives
-from vlfast.objectives.general_knowledge import GeneralKnowledge
-from vlfast.ops.backends import reference_only
 from vlfast.parts import (
     CLASS_FEATURES,
-    TEACHERS,
-    check_config,
-    class_table,
     load_classifier,
-    load_parts,
-    load_teacher,
-    prompts_of,
     recorded_dataset,
     replace_template,
 )
-from vlfast.prompts import KINDS, HardPrompt, Prompts, tower_blocks
+from vlfast.prompts import tower_blocks
 from vlfast.prompts.classifier import PromptedClassifier
-from vlfast.prompts.context import init_of_template
-from vlfast.trainers.averaging import check_averaging
-from vlfast.trainers.batches import open_stores
 from vlfast.trainers.config import Config, expand_shorthand, nest_options
 from vlfast.trainers.context_history import FILE as CONTEXTS
-from vlfast.trainers.device import make_accelerator, resolve_device
-from vlfast.trainers.distributed import check_batch
-from vlfast.trainers.feature_store import FeatureStore, about_data
-from vlfast.trainers.fit import Fitted, OnStep, fit_prompts
-from vlfast.trainers.gradient_projection import check_projection
+from vlfast.trainers.fit import OnStep
 from vlfast.trainers.images import TEST_BATCH, view_config
 from vlfast.trainers.recipes import resolve_config
 from vlfast.trainers.run_folder import CHECKPOINTS, RunFolder
-from vlfast.trainers.tensorboard import check_tensorboard
-from vlfast.version import __version__
+from vlfast.training import plan_training
 
 
 @dataclass(frozen=True)
@@ -232,122 +207,10 @@ def train(
     on_step: called after each training step, see ``fit_prompts``.
     """
     config = copy.deepcopy(config)
-    check_config(config)
     config.output = str(config.output or default_output(config))
-    check_averaging(config.recipe)
-    check_projection(config.recipe)
-    folder = RunFolder(config.output)
-    if not resume:
-        folder.check_free()
-    if config.tensorboard:
-        check_tensorboard()
-    names = None
-    if config.data.dictionary is not None:
-        names = read_dictionary(config.data.dictionary)
-        config.data.dictionary = str(Path(config.data.dictionary).absolute())
-    device = resolve_device(config.model.device)
-    if clip is not None:
-        if config.model.device != "auto" and clip.device.type != device.type:
-            raise VlfastError(
-                f"model.device: {config.model.device} asked for, but the given model is on "
-                f"{clip.device}"
-            )
-        device = clip.device
-    accelerator = make_accelerator(device, config.model.precision)
-    accelerator.wait_for_everyone()  # until all have looked whether the folder is free
-    clip, dataset = load_parts(config, accelerator.device, clip, dataset)
-    if config.data.template is not None:
-        dataset = replace(dataset, template=config.data.template)
-        if not issubclass(KINDS.get(config.prompts.kind, Prompts), HardPrompt):
-            warnings.warn(
-                f"data.template: {config.prompts.kind} prompts have words of their own instead of "
-                f"a template, so {config.data.template!r} changes nothing",
-                stacklevel=2,
-            )
-    if config.prompts.init == "auto":
-        config.prompts.init = dataset.context_init
-    elif config.prompts.init == "template":
-        config.prompts.init = init_of_template(prograd_template(dataset.name, dataset.template))
-
-    drawn = dataset
-    if config.data.shots and config.recipe.epochs:
-        drawn = drawn.few_shot(config.data.shots, config.seed)
-    fingerprint = drawn.fingerprint()
-    if not config.data.unlabelled:
-        drawn = drawn.restrict(config.data.classes)
-
-    teacher = load_teacher(config, clip, drawn.classnames, dataset.template)
-    table = class_table(config, dataset, teacher)
-    torch.manual_seed(config.seed)
-    prompts = prompts_of(config, clip, drawn.num_classes, table)
-    classifier = PromptedClassifier(clip, prompts, drawn.classnames, dataset.template)
-    config.prompts.n_ctx = prompts.num_context
-    classifier.tokens.check_fits(config.prompts.n_ctx or 0, clip.text_tower.context_length)
-    objectives = build_objectives(config.objectives)
-    general = None if config.recipe.projection is None else GeneralKnowledge()
-    task = Task(classifier, dataset.name, teacher=teacher, labelled=not config.data.unlabelled)
-    if names is not None:
-        task = _learn_from_dictionary(task, names, config)
-    _check_task(task, objectives)
-    stores: dict[str, FeatureStore] = {}
-    if config.recipe.epochs and len(drawn.train):
-        check_batch(config.recipe.batch_size, len(drawn.train), accelerator.num_processes)
-        _check_batch(prompts, min(config.recipe.batch_size, len(drawn.train)))
-        stores = open_stores(config, clip, teacher, about_data(config, dataset, fingerprint, clip))
-        if config.data.augment and config.data.views is None and stores:
-            config.data.views = min(store.views for store in stores.values())
-
-    if not resume and accelerator.is_main_process:
-        folder.start(config)
-    accelerator.wait_for_everyone()
-    with reference_only() if config.reference else nullcontext():
-        if table is not None:
-            features = table.fill(dataset.template)
-            if accelerator.is_main_process:
-                about = {"classnames": table.names, "template": table.template}
-                folder.write_tensors(CLASS_FEATURES, {"features": features}, about)
-        for part in (*objectives, general, task.candidates):
-            if part is not None:
-                part.prepare(task)
-        fitted = fit_prompts(
-            task,
-            objectives,
-            drawn,
-            config,
-            folder,
-            accelerator,
-            classifier=classifier,
-            general=general,
-            stores=stores,
-            resume=resume,
-            show_progress=show_progress,
-            on_step=on_step,
-        )
-        run = Run(config, classifier, folder, dataset)
-        accuracy, best = _test_checkpoints(run, dataset, fitted, accelerator)
-    if accelerator.is_main_process:
-        folder.write_result(
-            {
-                "recipe": config.recipe.name,
-                "accuracy": accuracy,
-                "epochs": fitted.epochs,
-                "best_epoch": fitted.best_epoch,
-                "best": best,
-                "train_seconds": round(fitted.seconds, 3),
-                "data": {
-                    "name": dataset.name,
-                    "fingerprint": fingerprint,
-                    "classes": drawn.num_classes,
-                    "images": {name: len(split) for name, split in drawn.splits().items()},
-                },
-                "seed": config.seed,
-                "device": _device_name(accelerator.device),
-                "threads": torch.get_num_threads(),
-                "versions": _versions(),
-            }
-        )
-    accelerator.wait_for_everyone()
-    return run
+    plan = plan_training(config, resume=resume, clip=clip, dataset=dataset)
+    plan.carry_out(resume=resume, show_progress=show_progress, on_step=on_step)
+    return Run(config, plan.classifier, plan.folder, plan.dataset)
 
 
 def resume(
@@ -404,89 +267,6 @@ def default_output(config: Config) -> Path:
     return Path("runs") / config.data.name.replace("/", "-") / model / "-".join(parts)
 
 
-def _learn_from_dictionary(task: Task, names: tuple[str, ...], config: Config) -> Task:
-    """The same task with the dictionary's names in place of the dataset's."""
-    clip, prompts = task.clip, task.prompts
-    if prompts.class_bound:
-        raise VlfastError(
-            f"data.dictionary: {prompts.kind} prompts know only the classes they are made for; "
-            "learn prompts that all classes share"
-        )
-    candidates = Candidates(config.data.top_classes)
-    if task.teacher is None:
-        raise VlfastError(
-            "teacher: class-agnostic distillation needs one, which chooses from data.dictionary: "
-            "--teacher NAME, a model, or --teacher.run DIR, a run"
-        )
-    classifier = PromptedClassifier(clip, prompts, names, DICTIONARY_TEMPLATE)
-    classifier.tokens.check_fits(config.prompts.n_ctx or 0, clip.text_tower.context_length)
-    return Task(
-        classifier,
-        "",
-        teacher=task.teacher,
-        labelled=False,
-        candidates=candidates if config.data.top_classes < len(names) else None,
-    )
-
-
-def _test_checkpoints(
-    run: Run, dataset: Dataset, fitted: Fitted, accelerator: Accelerator
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Scores of ``last``, which the run holds, and {"epoch", "accuracy"} of ``best`` where
-    validation images chose one. All processes take part."""
-    data = run.config.data
-    how = {"workers": data.workers, "accelerator": accelerator, "encoded": {}}
-    accuracy = evaluate_dataset(run.classifier, dataset, data.classes, **how)
-    if fitted.best_epoch is None:
-        return accuracy, None
-    best = accuracy
-    if fitted.best_epoch != fitted.epochs:
-        chosen = load(run.folder.path, checkpoint="best", clip=run.classifier.clip)
-        best = evaluate_dataset(chosen.classifier, dataset, data.classes, **how)
-    return accuracy, {"epoch": fitted.best_epoch, "accuracy": best}
-
-
-def _check_task(task: Task, objectives: Sequence[Objective]) -> None:
-    for objective in objectives:
-        if objective.needs_teacher and task.teacher is None:
-            raise VlfastError(f"teacher: the {objective.kind} objective needs one: {TEACHERS}")
-        if objective.needs_labels and not task.labelled:
-            why = "data.unlabelled: "
-            if task.from_dictionary:
-                why = "data.dictionary: the images' labels are not of its names, and "
-            raise VlfastError(
-                f"{why}the {objective.kind} objective needs labels; learn from a teacher instead "
-                "(--objective teacher)"
-            )
-        objective.check(task)
-
-
-def _check_batch(prompts: Prompts, batch: int) -> None:
-    if batch < prompts.least_batch > 1:
-        raise VlfastError(
-            f"recipe.batch_size: the projector's batch norm needs at least {prompts.least_batch} "
-            f"images a step, got {batch}"
-        )
-
-
 @torch.no_grad()
 def _features(classifier: PromptedClassifier, pixels: Tensor) -> Tensor:
     return classifier.encode_images(pixels)
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "vlfast": __version__,
-        "torch": version("torch"),
-        "open_clip_torch": version("open_clip_torch"),
-        "python": platform.python_version(),
-    }

@@ -6,6 +6,7 @@ import torch
 import vlfast
 from tests.conftest import squares_dataset
 from tests.trainers.test_fit import SHORT, Killed, kill_in_epoch
+from vlfast import training
 from vlfast.trainers.device import make_accelerator
 
 
@@ -26,7 +27,7 @@ def scaled(monkeypatch):
             scalers.append(scaler)
             return accelerator
 
-        monkeypatch.setattr(vlfast.run, "make_accelerator", make)
+        monkeypatch.setattr(training, "make_accelerator", make)
         return scalers
 
     return use

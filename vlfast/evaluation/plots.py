@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from vlfast.evaluation.interpret import PromptShares, WordHistory
+    from vlfast.interpret import PromptShares, WordHistory
 
 # Okabe and Ito's colours, which remain distinct to colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

@@ -11,9 +11,8 @@ from PIL import Image
 
 import vlfast
 from tests.conftest import squares_dataset
-from vlfast import cli
+from vlfast import cli, interpret
 from vlfast.errors import VlfastError
-from vlfast.evaluation import interpret
 from vlfast.evaluation.plots import plot_prompt_shares, plot_word_history
 
 SHORT = {"shots": 4, "epochs": 3, "show_progress": False}

@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from vlfast import cli
+from vlfast import cli, cost
 from vlfast.clip.models import load_clip
 from vlfast.errors import UnknownNameError
-from vlfast.evaluation import cost
 from vlfast.objectives import KINDS, Objective
 from vlfast.ops import prefix_attention
 from vlfast.ops.backends import reference_only
