@@ -1,4 +1,4 @@
-"""Every `vlfast train` command that the README and docs show is understood."""
+"""Every `vlfast train` and `vlfast features` command that the README and docs show is understood."""
 
 import re
 import shlex
@@ -17,8 +17,8 @@ def commands() -> list[str]:
     found = []
     for page in PAGES:
         for line in page.read_text(encoding="utf-8").splitlines():
-            found += re.findall(r"`(vlfast train [^`]+)`", line)
-            if line.startswith("    vlfast train"):
+            found += re.findall(r"`(vlfast (?:train|features) [^`]+)`", line)
+            if re.match("    vlfast (train|features) ", line):
                 found.append(line.strip().partition("  #")[0])
     skipped = ("--resume", "--config", "--help", "...")
     return sorted({c.strip() for c in found if not any(word in c for word in skipped)})
@@ -26,8 +26,9 @@ def commands() -> list[str]:
 
 @pytest.mark.parametrize("command", commands())
 def test_command_resolves(command):
-    words = [w for w in shlex.split(command)[2:] if w not in ("KIND", "NAME")]
-    resolve_config(cli._config_options(words, "train", cli._train_arguments)["given"])
+    _, name, *words = shlex.split(command)
+    arguments = {"train": cli._train_arguments, "features": cli._features_arguments}[name]
+    resolve_config(cli._config_options(words, name, arguments)["given"])
 
 
 def test_there_are_commands():
