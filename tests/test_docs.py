@@ -1,4 +1,4 @@
-"""Every `vlfast train` and `vlfast features` command that the README and docs show is understood."""
+"""Every command to train or to store features that README and docs show is understood."""
 
 import re
 import shlex
