@@ -5,7 +5,10 @@ SOURCES := setup.py MANIFEST.in pyproject.toml $(shell find csrc tools -name '*.
 CODE := setup.py vlfast tests benchmarks tools
 NATIVE := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
-.PHONY: install rebuild demo test test-all bench gpu lint format clean
+# One test process a core; each holds PyTorch and a few models, about 2 GB.
+PARALLEL := -n auto --maxprocesses 8
+
+.PHONY: install rebuild demo test test-all bench gpu methods lint format clean
 
 install: .venv/installed
 
@@ -24,13 +27,17 @@ demo: install
 	$(BIN)/vlfast demo
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-all: install
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "slow or not slow"
 
 bench: install
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+# The table of all recipes in docs/methods.md; takes the better part of an hour.
+methods: install
+	$(BIN)/python -m benchmarks.methods
 
 # What only a GPU can tell: parity of the CUDA kernels, then the benchmarks, which take the GPU.
 gpu: install
