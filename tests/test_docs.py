@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from vlfast import cli
+from vlfast.data.templates import POOLS
+from vlfast.objectives import build_objectives
 from vlfast.trainers.recipes import RECIPES, resolve_config
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +29,11 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("command", commands())
 def test_command_resolves(command):
     words = [w for w in shlex.split(command)[2:] if w not in ("KIND", "NAME")]
-    resolve_config(cli._config_options(words, "train", cli._train_arguments)["given"])
+    config = resolve_config(cli._config_options(words, "train", cli._train_arguments)["given"])
+    build_objectives(config.objectives)
+    for objective in config.objectives:
+        pool = objective.get("pool", objective.get("templates"))
+        assert pool is None or pool in POOLS or pool.endswith(".txt")
 
 
 def test_there_are_commands():
