@@ -42,9 +42,10 @@ from vlfast.parts import (
     recorded_dataset,
     replace_template,
 )
-from vlfast.prompts import KINDS, HardPrompt, Prompts, tower_blocks
+from vlfast.prompts import KINDS, EnsemblePrompt, HardPrompt, Prompts, tower_blocks
 from vlfast.prompts.classifier import PromptedClassifier
 from vlfast.prompts.context import init_of_template
+from vlfast.prompts.ensemble import OWN
 from vlfast.trainers.averaging import check_averaging
 from vlfast.trainers.batches import open_stores
 from vlfast.trainers.config import Config, expand_shorthand, nest_options
@@ -258,7 +259,7 @@ def train(
     clip, dataset = load_parts(config, accelerator.device, clip, dataset)
     if config.data.template is not None:
         dataset = replace(dataset, template=config.data.template)
-        if not issubclass(KINDS.get(config.prompts.kind, Prompts), HardPrompt):
+        if not _reads_template(config):
             warnings.warn(
                 f"data.template: {config.prompts.kind} prompts have words of their own instead of "
                 f"a template, so {config.data.template!r} changes nothing",
@@ -446,6 +447,20 @@ def _test_checkpoints(
     return accuracy, {"epoch": fitted.best_epoch, "accuracy": best}
 
 
+def _reads_template(config: Config) -> bool:
+    """Whether anything that trains or answers depends on the dataset's template."""
+    prompts, teacher = config.prompts, config.teacher
+    own = OWN in (prompts.templates or [OWN])
+    return (
+        issubclass(KINDS.get(prompts.kind, Prompts), HardPrompt)
+        or (prompts.kind == EnsemblePrompt.kind and own)
+        or prompts.init == "template"
+        or config.recipe.projection is not None
+        or (teacher.name is not None and teacher.template is None)
+        or any(o["kind"] in ("guidance", "mixture", "self_regulation") for o in config.objectives)
+    )
+
+
 def _check_task(task: Task, objectives: Sequence[Objective]) -> None:
     for objective in objectives:
         if objective.needs_teacher and task.teacher is None:
@@ -455,8 +470,7 @@ def _check_task(task: Task, objectives: Sequence[Objective]) -> None:
             if task.from_dictionary:
                 why = "data.dictionary: the images' labels are not of its names, and "
             raise VlfastError(
-                f"{why}the {objective.kind} objective needs labels; learn from a teacher instead "
-                "(--objective teacher)"
+                f"{why}the {objective.kind} objective needs labels; {objective.without_labels}"
             )
         objective.check(task)
 

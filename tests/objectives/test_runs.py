@@ -68,7 +68,8 @@ def test_unlabelled_images(tiny_clip, tmp_path):
     run = fit(tiny_clip, tmp_path / "run", objective="teacher", **options)
     assert run.result["data"]["images"]["train"] == 20
     assert "train_accuracy" not in run.folder.read_metrics()[0]
-    with pytest.raises(VlfastError, match=r"data\.unlabelled: the mixture objective needs labels"):
+    wanted = r"data\.unlabelled: the mixture objective needs labels; selection_weight: 0\.0"
+    with pytest.raises(VlfastError, match=wanted):
         fit(tiny_clip, tmp_path / "other", objective="mixture", **options)
     without = {"kind": "mixture", "selection_weight": 0.0}
     fit(tiny_clip, tmp_path / "free", objective=without, **options)
