@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from vlfast import cli
+from vlfast.data.templates import POOLS
+from vlfast.objectives import build_objectives
 from vlfast.trainers.recipes import RECIPES, resolve_config
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +30,11 @@ def commands() -> list[str]:
 def test_command_resolves(command):
     _, name, *words = shlex.split(command)
     arguments = {"train": cli._train_arguments, "features": cli._features_arguments}[name]
-    resolve_config(cli._config_options(words, name, arguments)["given"])
+    config = resolve_config(cli._config_options(words, name, arguments)["given"])
+    build_objectives(config.objectives)
+    for objective in config.objectives:
+        pool = objective.get("pool", objective.get("templates"))
+        assert pool is None or pool in POOLS or pool.endswith(".txt")
 
 
 def test_there_are_commands():

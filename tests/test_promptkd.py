@@ -9,7 +9,6 @@ from tests.trainers.support import PlainDistillation
 from vlfast.errors import VlfastError
 from vlfast.objectives import KINDS
 from vlfast.parts import class_table
-from vlfast.prompts import KINDS as PROMPTS
 from vlfast.trainers.config import Config, build_config
 
 DATA = {"name": "glyphs/tools", "classes": "base"}
@@ -135,7 +134,6 @@ def test_resumed_with_its_running_statistics(teacher, tmp_path, monkeypatch):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.skipif("visual" not in PROMPTS, reason="visual prompts are not there")
 @pytest.mark.parametrize("kind", ["visual", "independent", "coupled", "finetune"])
 def test_prompts_in_the_image_tower_with_a_projector(teacher, tmp_path, kind):
     prompts = {**STUDENT, "kind": kind, "n_visual": 4, "visual_depth": 3}

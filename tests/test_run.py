@@ -1,5 +1,7 @@
 """The Python face: fit, load, predict, save."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -130,6 +132,33 @@ def test_another_dataset_is_tested_with_all_its_classes(tiny_clip, tmp_path):
     other = replace(squares_dataset(), name="other squares")
     assert set(run.evaluate(other)) == {"test", "domains"}
     assert set(run.evaluate(squares_dataset())) == {"base", "new", "harmonic_mean", "domains"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"add": "guidance"},
+        {"add": "mixture"},
+        {"objective": "teacher", "teacher": "glyphs-teacher"},
+        {"prompts": "ensemble"},
+        {"projection": 1.0},
+    ],
+)
+def test_template_that_something_reads_is_not_warned_of(tiny_clip, tmp_path, options):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        vlfast.fit(
+            "coop",
+            model=tiny_clip,
+            data=squares_dataset(),
+            output=tmp_path / "run",
+            template="a drawing of {}.",
+            shots=2,
+            epochs=0,
+            show_progress=False,
+            **options,
+        )
+    assert not [w for w in caught if "data.template" in str(w.message)]
 
 
 def test_template_of_learned_prompts_is_warned_of(tiny_clip, tmp_path):

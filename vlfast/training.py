@@ -33,9 +33,10 @@ from vlfast.parts import (
     load_teacher,
     prompts_of,
 )
-from vlfast.prompts import KINDS, HardPrompt, Prompts
+from vlfast.prompts import KINDS, EnsemblePrompt, HardPrompt, Prompts
 from vlfast.prompts.classifier import PromptedClassifier
 from vlfast.prompts.context import init_of_template
+from vlfast.prompts.ensemble import OWN
 from vlfast.prompts.projected import ClassTable
 from vlfast.trainers.averaging import check_averaging
 from vlfast.trainers.batches import open_stores
@@ -238,7 +239,7 @@ def _with_words(config: Config, dataset: Dataset) -> Dataset:
     """The dataset with the template that was asked for; "auto" and "template" contexts as words."""
     if config.data.template is not None:
         dataset = replace(dataset, template=config.data.template)
-        if not issubclass(KINDS.get(config.prompts.kind, Prompts), HardPrompt):
+        if not _reads_template(config):
             warnings.warn(
                 f"data.template: {config.prompts.kind} prompts have words of their own instead of "
                 f"a template, so {config.data.template!r} changes nothing",
@@ -249,6 +250,20 @@ def _with_words(config: Config, dataset: Dataset) -> Dataset:
     elif config.prompts.init == "template":
         config.prompts.init = init_of_template(prograd_template(dataset.name, dataset.template))
     return dataset
+
+
+def _reads_template(config: Config) -> bool:
+    """Whether anything that trains or answers depends on the dataset's template."""
+    prompts, teacher = config.prompts, config.teacher
+    own = OWN in (prompts.templates or [OWN])
+    return (
+        issubclass(KINDS.get(prompts.kind, Prompts), HardPrompt)
+        or (prompts.kind == EnsemblePrompt.kind and own)
+        or prompts.init == "template"
+        or config.recipe.projection is not None
+        or (teacher.name is not None and teacher.template is None)
+        or any(o["kind"] in ("guidance", "mixture", "self_regulation") for o in config.objectives)
+    )
 
 
 def _draw(config: Config, dataset: Dataset) -> tuple[Dataset, str]:
@@ -294,8 +309,7 @@ def _check_task(task: Task, objectives: Sequence[Objective]) -> None:
             if task.from_dictionary:
                 why = "data.dictionary: the images' labels are not of its names, and "
             raise VlfastError(
-                f"{why}the {objective.kind} objective needs labels; learn from a teacher instead "
-                "(--objective teacher)"
+                f"{why}the {objective.kind} objective needs labels; {objective.without_labels}"
             )
         objective.check(task)
 

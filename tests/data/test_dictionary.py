@@ -20,6 +20,15 @@ def test_files(tmp_path, name, text):
     assert read_dictionary(tmp_path / name) == ("cat", "Große Katze, rot", "cricket (insect)")
 
 
+@pytest.mark.parametrize("ending", ["txt", "csv"])
+def test_only_line_ends_part_names(tmp_path, ending):
+    """Other separators stay what they are: a part of a name."""
+    names = ("red\u2028fox", "a\x0bcat", "hen")
+    path = tmp_path / f"names.{ending}"
+    path.write_text("\n".join(("name", *names) if ending == "csv" else names), encoding="utf-8")
+    assert read_dictionary(path) == names
+
+
 def test_repeats_count_once(tmp_path):
     (tmp_path / "names.txt").write_text("cat\ndog\ncat\nCat\n")
     with pytest.warns(UserWarning, match=r"1 names twice.*'cat' \(lines 1 and 3\)"):

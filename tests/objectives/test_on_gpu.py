@@ -71,7 +71,7 @@ def test_no_step_waits(clips, specs, options):
     training = make_training(clips, specs, **options)
     parameters = list(training.parameters())
     projection = GradientProjection(1.0, parameters) if "projected" in options else None
-    alone = SimpleNamespace(scaler=None)
+    alone = SimpleNamespace(scaler=None, num_processes=1)
     batches = make_batches(clips[0])
     ready = training.look_ahead(replace(batches[0]))
     losses = []

@@ -68,7 +68,8 @@ def test_unlabelled_images(tiny_clip, tmp_path):
     run = fit(tiny_clip, tmp_path / "run", objective="teacher", **options)
     assert run.result["data"]["images"]["train"] == 20
     assert "train_accuracy" not in run.folder.read_metrics()[0]
-    with pytest.raises(VlfastError, match=r"data\.unlabelled: the mixture objective needs labels"):
+    wanted = r"data\.unlabelled: the mixture objective needs labels; selection_weight: 0\.0"
+    with pytest.raises(VlfastError, match=wanted):
         fit(tiny_clip, tmp_path / "other", objective="mixture", **options)
     without = {"kind": "mixture", "selection_weight": 0.0}
     fit(tiny_clip, tmp_path / "free", objective=without, **options)
@@ -78,3 +79,22 @@ def test_a_teacher_is_asked_for(tiny_clip, tmp_path):
     with pytest.raises(VlfastError, match="teacher: the teacher objective needs one"):
         fit(tiny_clip, tmp_path / "run", objective="teacher")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_file_of_templates_is_found_from_elsewhere(tiny_clip, tmp_path, monkeypatch):
+    """Resuming starts in another working directory."""
+    (tmp_path / "pool.txt").write_text("a photo of a {}.\na picture of a {}.\n")
+    monkeypatch.chdir(tmp_path)
+    added = [
+        {"kind": "mixture", "pool": "pool.txt"},
+        {"kind": "self_regulation", "templates": "pool.txt"},
+    ]
+    with monkeypatch.context() as patched:
+        kill_in_epoch(patched, 2)
+        with pytest.raises(Killed):
+            fit(tiny_clip, tmp_path / "run", add=added)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    data = squares_dataset()
+    run = vlfast.resume(tmp_path / "run", clip=tiny_clip, dataset=data, show_progress=False)
+    assert len(run.folder.read_metrics()) == 2

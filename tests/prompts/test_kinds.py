@@ -287,3 +287,16 @@ def test_steps_encode_images_once(clip):
     model = make(clip, "coupled", n_ctx=2, depth=2)
     step = Step(Task(model, "letters"), Batch(LABELS, images()))
     assert step.images is step.images and step.logits.shape == (6, 4)
+
+
+@pytest.mark.parametrize("n_ctx", [None, 6])
+def test_words_of_a_template_are_learned_once(clip, n_ctx):
+    """ProGrad's start, on deep prompts: no part of it is left as frozen words."""
+    options = {"n_ctx": n_ctx, "init": "template: a photo of a", "depth": 2}
+    for kind in ("independent", "coupled"):
+        prompts = build_prompts(kind, clip, num_classes=4, **options)
+        assert prompts.frozen_words == ""
+        words = clip.text_tower.embed_words("a photo of a").float()
+        assert torch.equal(prompts.context[-4:].detach(), words)
+    text = build_prompts("visual", clip, num_classes=4, **options).words
+    assert text == "a photo of a"

@@ -144,6 +144,15 @@ def test_flat_options_find_their_section():
             VlfastError,
             "nothing to learn",
         ),
+        (
+            {
+                "recipe": "promptkd",
+                "prompts": {"kind": "class_specific", "class_features": "own", "projector": None},
+                "data": {"classes": "base"},
+            },
+            VlfastError,
+            "class_specific prompts learn from the images of all classes.*data.classes 'base'",
+        ),
     ],
 )
 def test_bad_config(given, error, match):
@@ -223,6 +232,26 @@ def test_promptkd_takes_all_images_without_labels():
     )
     assert config.teacher.name is None  # the first stage's run
     assert resolve_config(given("promptkd", shots=64)).data.shots == 64
+
+
+@pytest.mark.parametrize(
+    ("recipe", "names"),
+    [
+        ("mopd", ("oxford_pets", "OxfordPets")),
+        ("mopd", ("food101", "Food101", "food-101")),
+        ("promptkd", ("dtd", "DescribableTextures")),
+        ("promptkd", ("fgvc_aircraft", "FGVCAircraft")),
+        ("coop", ("imagenet", "ImageNet")),
+        ("promptsrc", ("imagenet", "ImageNet")),
+    ],
+)
+def test_a_dataset_is_known_however_it_is_written(recipe, names):
+    """As it is to the templates, which a run takes from the same name."""
+    first, *others = (resolve_config(given(recipe, name=name)) for name in names)
+    unknown = resolve_config(given(recipe, name="mine"))
+    assert (first.objectives, first.recipe) != (unknown.objectives, unknown.recipe)
+    for other in others:
+        assert (other.objectives, other.recipe) == (first.objectives, first.recipe)
 
 
 def test_mopd_depends_on_the_dataset():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import warnings
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def _lines(text: str) -> list[tuple[int, str]]:
 
 
 def _csv_rows(text: str, path: Path) -> list[tuple[int, str]]:
-    reader = csv.reader(text.splitlines(keepends=True), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows = []
     try:
         for row in reader:

@@ -138,19 +138,26 @@ IMAGENET_60 = (
 POOLS = ("dataset", "varied", "noisy", "imagenet")
 
 
+def dataset_key(dataset: str) -> str:
+    """A dataset's name as the tables of methods have it: "oxfordpets" for "OxfordPets" and
+    "oxford_pets"."""
+    key = "".join(sign for sign in dataset.lower() if sign.isalnum())
+    return "describabletextures" if key == "dtd" else key
+
+
 def own_template(dataset: str, default: str) -> str:
     """The dataset's template for zero-shot CLIP; ``default`` where there is none."""
-    return TEMPLATES.get(_key(dataset), default)
+    return TEMPLATES.get(dataset_key(dataset), default)
 
 
 def kgcoop_template(dataset: str, default: str) -> str:
     """What KgCoOp's frozen class features have; ``default`` for what it was not tried on."""
-    return _OF_KGCOOP.get(_key(dataset), own_template(dataset, default))
+    return _OF_KGCOOP.get(dataset_key(dataset), own_template(dataset, default))
 
 
 def prograd_template(dataset: str, default: str) -> str:
     """What ProGrad's zero-shot CLIP has, and its context starts from."""
-    return _OF_PROGRAD.get(_key(dataset), own_template(dataset, default))
+    return _OF_PROGRAD.get(dataset_key(dataset), own_template(dataset, default))
 
 
 def template_pool(pool: str, dataset: str, template: str) -> tuple[str, ...]:
@@ -199,13 +206,8 @@ def check_template(template: str, what: str) -> None:
         raise VlfastError(f"{what}: expected exactly one {{}}, got {template!r}")
 
 
-def _key(dataset: str) -> str:
-    key = "".join(sign for sign in dataset.lower() if sign.isalnum())
-    return "describabletextures" if key == "dtd" else key
-
-
 def _dataset_pool(dataset: str, template: str) -> tuple[str, ...]:
-    key = _key(dataset)
+    key = dataset_key(dataset)
     if dataset.startswith("glyphs/"):
         crossed = _cross(_GLYPH_FORMS, _GLYPH_NOUNS)
         return tuple(dict.fromkeys((template, *crossed)))[: len(crossed)]

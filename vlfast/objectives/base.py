@@ -183,12 +183,14 @@ class Objective(nn.Module):
     return named 0-d tensors, each of which is added to the loss times ``weight_of`` its name.
 
     ``needs_labels``, ``needs_teacher`` and ``needs_frozen`` (features of the frozen image tower,
-    also where the prompts have replaced them) say what a batch must hold. Parameters that an
-    objective registers in ``prepare`` are learned with the prompts.
+    also where the prompts have replaced them) say what a batch must hold. ``without_labels`` is
+    the advice where there are none. Parameters that an objective registers in ``prepare`` are
+    learned with the prompts.
     """
 
     kind: str
     needs_labels = False
+    without_labels = "learn from a teacher instead (--objective teacher)"
     needs_teacher = False
     needs_frozen = False
 

@@ -35,6 +35,7 @@ class Mixture(Objective):
 
     kind = "mixture"
     needs_frozen = True
+    without_labels = "selection_weight: 0.0 leaves out the selection, which reads them"
 
     def __init__(
         self,

@@ -55,15 +55,17 @@ def init_of_template(template: str) -> str:
     words = template.partition("{}")[0].strip()
     if not words:
         raise ValueError(
-            f"init: the template {template!r} has no words before the class name to start from"
+            f"init: the template {template!r} has no words before the class name to start from; "
+            "give words of your own (--prompts.init), or none for a random start"
         )
     return f"{PADDED} {words}"
 
 
 def words_behind(clip: ClipModel, n_ctx: int, init: str | None) -> str:
     """The words of ``init`` behind its first ``n_ctx`` tokens, which stay as they are: of "a photo
-    of a", "of a" for 2 ([MaPLe] trainers/maple.py). ValueError where they can't be told apart."""
-    if init is None:
+    of a", "of a" for 2 ([MaPLe] trainers/maple.py). None of a template's, which are all learned.
+    ValueError where they can't be told apart."""
+    if init is None or init.startswith(PADDED):
         return ""
     tokenizer = clip.tokenizer
     rest = tokenizer.encode(init)[n_ctx:]

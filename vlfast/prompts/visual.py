@@ -9,7 +9,7 @@ from vlfast.clip.text_tower import TextOutput
 from vlfast.clip.tokens import PromptTokens
 from vlfast.clip.words import check_vocabulary
 from vlfast.prompts.base import Prompts
-from vlfast.prompts.context import check_count
+from vlfast.prompts.context import PADDED, check_count
 from vlfast.prompts.depth import check_visual_depth, random_prompts
 
 
@@ -41,7 +41,7 @@ class VisualPrompts(Prompts):
         tower = clip.vision_tower
         visual_depth = tower.depth if visual_depth is None else visual_depth
         check_visual_depth(clip, visual_depth)
-        self.words = "a photo of a" if init is None else init
+        self.words = "a photo of a" if init is None else init.removeprefix(PADDED).strip()
         check_vocabulary(clip, [self.words], "init")
         self.visual = random_prompts(visual_depth, n_visual, tower.width)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vlfast.clip.models import blocks_of
+from vlfast.data.templates import dataset_key
 from vlfast.errors import VlfastError, unknown_name
 from vlfast.objectives import KINDS, complete
 from vlfast.prompts.ensemble import OWN, SELECTED
@@ -40,8 +41,8 @@ class Case:
 
     @property
     def dataset(self) -> str:
-        """The dataset's name as the papers' tables have it, in small letters."""
-        return self.data.name.rpartition("/")[2].lower()
+        """The dataset's name as the tables here have it, however it is written."""
+        return dataset_key(self.data.name.rpartition("/")[2])
 
     def text_depth(self, depth: int) -> int:
         """``depth`` blocks, or all that the model's text tower has."""
@@ -75,13 +76,13 @@ def setting_of(data: DataConfig, asked: Setting = "auto") -> Setting:
         return asked
     if data.classes != "all":
         return "base-to-new"
-    return "cross-dataset" if data.name == "imagenet" else "few-shot"
+    return "cross-dataset" if dataset_key(data.name) == "imagenet" else "few-shot"
 
 
 def coop_epochs(data: DataConfig) -> int:
     """200 epochs for 8 or 16 shots, 100 for 2 or 4, 50 for 1 and for ImageNet ([CoOp] COOP.md,
     few-shot learning)."""
-    if data.shots == 1 or data.name == "imagenet":
+    if data.shots == 1 or dataset_key(data.name) == "imagenet":
         return 50
     return 100 if 2 <= data.shots <= 4 else 200
 
@@ -221,13 +222,13 @@ def _kdpl(case: Case) -> Overrides:
 MOPD = {
     "imagenet": (0.8, 0.0005, 3, 25),
     "caltech101": (0.8, 0.0005, 3, 100),
-    "oxford_pets": (0.8, 0.5, 3, 25),
-    "stanford_cars": (0.8, 0.1, 3, 100),
-    "oxford_flowers": (0.8, 0.1, 3, 100),
+    "oxfordpets": (0.8, 0.5, 3, 25),
+    "stanfordcars": (0.8, 0.1, 3, 100),
+    "oxfordflowers": (0.8, 0.1, 3, 100),
     "food101": (0.5, 0.1, 2, 25),
-    "fgvc_aircraft": (0.8, 0.1, 2, 25),
+    "fgvcaircraft": (0.8, 0.1, 2, 25),
     "sun397": (0.8, 0.1, 2, 25),
-    "dtd": (0.8, 0.1, 2, 25),
+    "describabletextures": (0.8, 0.1, 2, 25),
     "eurosat": (0.5, 0.1, 2, 100),
     "ucf101": (0.5, 0.1, 2, 25),
 }
@@ -258,7 +259,7 @@ def _sipd(case: Case) -> Overrides:
 
 
 # [PromptKD] scripts/promptkd/base2new_train.sh; all other datasets have 1000.
-PROMPTKD_WEIGHT = {"fgvc_aircraft": 200.0, "oxford_flowers": 200.0, "dtd": 200.0}
+PROMPTKD_WEIGHT = {"fgvcaircraft": 200.0, "oxfordflowers": 200.0, "describabletextures": 200.0}
 
 
 def _promptkd(case: Case) -> Overrides:
@@ -574,6 +575,12 @@ def _check_combination(config: Config) -> None:
                 "prompts: hard prompts with the teacher's class features and no prompts.projector "
                 "have nothing to learn"
             )
+    if prompts.kind == "class_specific" and config.data.unlabelled and config.data.classes != "all":
+        raise VlfastError(
+            "prompts: class_specific prompts learn from the images of all classes where these are "
+            f"unlabelled, and can't be tested on data.classes {config.data.classes!r}; take "
+            "data.classes all, or prompts that all classes share"
+        )
     if config.recipe.name == "kdpl-ca" and config.data.dictionary is None:
         raise VlfastError(
             "data.dictionary: kdpl-ca learns from the names of a dictionary: give a file with one "
