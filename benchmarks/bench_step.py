@@ -6,7 +6,7 @@ With stored features the frozen models' part of a step is read instead of comput
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,8 +29,12 @@ from benchmarks.padded import (
 )
 from vlfast.clip.text_tower import TextTower
 from vlfast.clip.tokens import PromptTokens
+from vlfast.clip.vision_tower import VisionTower
 from vlfast.ops import symmetric_kl_loss
 from vlfast.prompts.projected import make_projector
+
+# Image features of pixels, with tokens in the image tower.
+Encode = Callable[[Tensor, list[Tensor]], Tensor]
 
 MOST_LOOPED = 800  # images x classes at 77 tokens: more take minutes a step on a CPU
 
@@ -148,8 +152,7 @@ def make_promptkd(
     """PromptKD: tokens in the image tower and a projector learn from a teacher, ViT-L/14.
 
     Ours reads the teacher's features; their code computes its class features and its image features
-    in each step. The student is the same plain one on both sides, and the teacher's own tokens,
-    which cost little, are left out.
+    in each step. The teacher's own tokens, which cost little, are left out.
     """
     model, names = build_clip(config, device), class_names(classes)
     teacher = build_clip(teacher_config or open_clip.get_model_config("ViT-L-14"), device)
@@ -170,9 +173,10 @@ def make_promptkd(
         with torch.no_grad():
             return encode_images(its_tower.model, pixels), F.normalize(its_tower(context), dim=-1)
 
-    def of_student(classes: Tensor) -> Tensor:
-        features = projector(prompted_images(model.visual, batch, prompts))
-        return F.normalize(features, dim=-1) @ classes.T
+    tower = VisionTower(model)
+
+    def of_student(encode: Encode, classes: Tensor) -> Tensor:
+        return F.normalize(projector(encode(batch, prompts)), dim=-1) @ classes.T
 
     scale = model.logit_scale.exp().detach()
     its_scale = teacher.logit_scale.exp().detach()
@@ -180,7 +184,7 @@ def make_promptkd(
 
     def ours() -> Tensor:
         return symmetric_kl_loss(
-            of_student(read_classes),
+            of_student(tower, read_classes),
             read @ read_classes.T,
             student_scale=scale,
             teacher_scale=its_scale,
@@ -194,7 +198,8 @@ def make_promptkd(
 
         def theirs() -> Tensor:
             its_images, its_classes = of_teacher(its_tower, batch)
-            log_p = F.log_softmax(scale * of_student(its_classes), dim=-1)
+            plain = partial(prompted_images, model.visual)
+            log_p = F.log_softmax(scale * of_student(plain, its_classes), dim=-1)
             q = F.softmax(its_scale * its_images @ its_classes.T, dim=-1)
             return F.kl_div(log_p, q, reduction="sum") / q.numel()
 
