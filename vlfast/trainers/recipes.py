@@ -398,7 +398,7 @@ RECIPES: dict[str, Recipe] = {
             "kdpl-ca",
             "KDPL, arXiv 2407.03056",
             "KDPL over the names of a dictionary that the teacher finds most probable",
-            "as kdpl, without class names (--data.dictionary FILE)",
+            "as kdpl, without the class names",
             _kdpl,
         ),
         Recipe(
