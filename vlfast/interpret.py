@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vlfast.clip.words import nearest_words
+from vlfast.data.templates import template_pool
 from vlfast.errors import VlfastError
 from vlfast.evaluation.tables import text_table
 from vlfast.prompts import HardPrompt
@@ -207,8 +208,6 @@ def _percent(row: np.ndarray) -> list[str]:
 
 def _pool(spec: dict[str, Any], dataset: str, template: str) -> tuple[str, ...]:
     """The hard prompts that a mixture was trained with."""
-    from vlfast.data.templates import template_pool
-
     return template_pool(spec["pool"], dataset, template)[: spec["pool_size"]]
 
 

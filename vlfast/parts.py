@@ -13,6 +13,7 @@ from torch import Tensor
 from vlfast.clip.models import ClipModel, load_clip
 from vlfast.data.catalog import load_dataset
 from vlfast.data.dataset import Dataset
+from vlfast.data.templates import POOLS
 from vlfast.errors import UnknownNameError, VlfastError
 from vlfast.prompts import HardPrompt, Prompts, build_prompts
 from vlfast.prompts.classifier import PromptedClassifier
@@ -51,6 +52,10 @@ def load_parts(
     data, teacher = config.data, config.teacher
     data.root, data.features = _absolute(data.root), _absolute(data.features)
     teacher.run, teacher.features = _absolute(teacher.run), _absolute(teacher.features)
+    for objective in config.objectives:
+        for option in ("pool", "templates"):  # a file, unless it is a pool by its name
+            if objective.get(option) not in (None, *POOLS):
+                objective[option] = _absolute(objective[option])
     return clip, dataset
 
 

@@ -188,6 +188,7 @@ def plan_training(
     if names is not None:
         task = _learn_from_dictionary(task, names, config)
     _check_task(task, objectives)
+    _check_tested(prompts, config)
     stores: dict[str, FeatureStore] = {}
     if config.recipe.epochs and len(drawn.train):
         check_batch(config.recipe.batch_size, len(drawn.train), accelerator.num_processes)
@@ -241,7 +242,7 @@ def _with_words(config: Config, dataset: Dataset) -> Dataset:
         if not issubclass(KINDS.get(config.prompts.kind, Prompts), HardPrompt):
             warnings.warn(
                 f"data.template: {config.prompts.kind} prompts have words of their own instead of "
-                f"a template, so {config.data.template!r} changes nothing",
+                f"a template, so {config.data.template!r} changes nothing of theirs",
                 stacklevel=4,
             )
     if config.prompts.init == "auto":
@@ -298,6 +299,16 @@ def _check_task(task: Task, objectives: Sequence[Objective]) -> None:
                 "(--objective teacher)"
             )
         objective.check(task)
+
+
+def _check_tested(prompts: Prompts, config: Config) -> None:
+    data = config.data
+    if data.unlabelled and data.classes != "all" and prompts.class_bound:
+        raise VlfastError(
+            f"data.unlabelled: {prompts.kind} prompts learn a context for each class of all the "
+            f"images, and can't be tested on the {data.classes} half alone; take --data.classes "
+            "all, or prompts that all classes share"
+        )
 
 
 def _check_least_batch(prompts: Prompts, batch: int) -> None:
