@@ -147,6 +147,27 @@ def test_template_of_learned_prompts_is_warned_of(tiny_clip, tmp_path):
         )
 
 
+def test_a_finished_run_on_your_own_data_is_resumed_with_them(run, tiny_clip):
+    path, data = run.folder.path, squares_dataset()
+    resumed = vlfast.resume(path, clip=tiny_clip, dataset=data, show_progress=False)
+    assert resumed.dataset is data
+    assert resumed.evaluate() == run.result["accuracy"]
+
+
+def test_a_teacher_that_nothing_learns_from_is_warned_of(tiny_clip, tmp_path):
+    with pytest.warns(UserWarning, match="teacher: nothing learns from it; --objective teacher"):
+        vlfast.fit(
+            "coop",
+            model=tiny_clip,
+            data=squares_dataset(),
+            output=tmp_path / "run",
+            teacher="glyphs-teacher",
+            shots=2,
+            epochs=1,
+            show_progress=False,
+        )
+
+
 def test_class_specific_prompts_of_all_images_are_not_for_a_half(tiny_clip, tmp_path):
     options = {"prompts": "class_specific", "objective": "teacher", "unlabelled": True}
     options |= {"teacher": "glyphs-teacher", "shots": 2, "epochs": 1, "show_progress": False}

@@ -132,7 +132,7 @@ def prompt_shares(run: Run, *, checkpoint: str = "last") -> PromptShares:
     if GATE not in tensors:
         raise VlfastError(
             f"run: {run.folder.path} has no gate over hard prompts; only the mixture objective "
-            "learns one"
+            "learns one, over a pool of several"
         )
     gate = tensors[GATE]
     dataset = run.dataset

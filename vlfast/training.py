@@ -189,6 +189,12 @@ def plan_training(
         task = _learn_from_dictionary(task, names, config)
     _check_task(task, objectives)
     _check_tested(prompts, config)
+    if teacher is not None and table is None and not _learns_from_teacher(task, objectives):
+        warnings.warn(
+            "teacher: nothing learns from it; --objective teacher replaces the labels, "
+            "--add teacher joins them",
+            stacklevel=3,
+        )
     stores: dict[str, FeatureStore] = {}
     if config.recipe.epochs and len(drawn.train):
         check_batch(config.recipe.batch_size, len(drawn.train), accelerator.num_processes)
@@ -299,6 +305,10 @@ def _check_task(task: Task, objectives: Sequence[Objective]) -> None:
                 "(--objective teacher)"
             )
         objective.check(task)
+
+
+def _learns_from_teacher(task: Task, objectives: Sequence[Objective]) -> bool:
+    return task.candidates is not None or any(o.needs_teacher for o in objectives)
 
 
 def _check_tested(prompts: Prompts, config: Config) -> None:
