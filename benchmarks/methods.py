@@ -69,7 +69,8 @@ def run_once(recipe: str, theme: str, seed: int, root: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
-        raise RuntimeError(f"{recipe}, seed {seed}: {done.stderr.strip().splitlines()[-1]}")
+        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise RuntimeError(f"{recipe}, seed {seed}: {said[-1]}")
     print(f"{recipe}, seed {seed}: done", file=sys.stderr, flush=True)
 
 

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vlfast import cli, cost
 from vlfast.clip.models import load_clip
-from vlfast.errors import UnknownNameError
+from vlfast.errors import UnknownNameError, VlfastError
 from vlfast.objectives import KINDS, Objective
 from vlfast.ops import prefix_attention
 from vlfast.ops.backends import reference_only
@@ -165,6 +165,19 @@ def test_what_is_refused(capsys):
         cost.compare_costs(["coop"], model=MODEL, classes=0)
     assert cli.main(["cost", "coop", "--output", "costs.xls"]) == 2
     assert "expected a .csv, .md or .json file" in capsys.readouterr().err
+
+
+def test_of_all_recipes_one_that_needs_more_options_is_left_out(monkeypatch):
+    monkeypatch.setattr(cost, "RECIPES", ["zeroshot", "kdpl-ca"])
+    seen = []
+    zeroshot, dictionary = cost.compare_costs(model=MODEL, classes=3, steps=1, report=seen.append)
+    assert seen == [zeroshot, dictionary] and zeroshot.failed is None
+    assert "data.dictionary: kdpl-ca learns from" in dictionary.failed
+    assert "kdpl-ca: not measured, data.dictionary" in cost.about(seen, MODEL, 3)
+    with pytest.raises(VlfastError, match="data.dictionary: kdpl-ca learns from"):
+        cost.compare_costs(["zeroshot", "kdpl-ca"], model=MODEL)
+    with pytest.raises(VlfastError, match="recipe.lr: expected a positive number"):
+        cost.compare_costs(model=MODEL, options={"recipe": {"lr": -1.0}})
 
 
 def test_command(capsys, monkeypatch, tmp_path):

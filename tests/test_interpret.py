@@ -1,8 +1,6 @@
 """Contexts as words, and which hard prompts a gate picks."""
 
 import json
-import sys
-import types
 
 import numpy as np
 import pytest
@@ -113,9 +111,8 @@ def gated(tiny_clip, tmp_path, monkeypatch):
     run.folder.write_tensors("last", {**tensors, interpret.GATE: gate}, about)
     spec = {"kind": "mixture", "pool": "dataset", "pool_size": 3, "num_prompts": 2}
     run.config.objectives.append(spec)
-    pools = types.ModuleType("vlfast.data.templates")
-    pools.template_pool = lambda pool, dataset, template: (*POOL, "one more {}.")
-    monkeypatch.setitem(sys.modules, "vlfast.data.templates", pools)
+    pool = (*POOL, "one more {}.")
+    monkeypatch.setattr(interpret, "template_pool", lambda name, dataset, template: pool)
     return run, spec
 
 

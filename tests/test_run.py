@@ -176,6 +176,57 @@ def test_template_of_learned_prompts_is_warned_of(tiny_clip, tmp_path):
         )
 
 
+def test_a_finished_run_on_your_own_data_is_resumed_with_them(run, tiny_clip):
+    path, data = run.folder.path, squares_dataset()
+    resumed = vlfast.resume(path, clip=tiny_clip, dataset=data, show_progress=False)
+    assert resumed.dataset is data
+    assert resumed.evaluate() == run.result["accuracy"]
+
+
+def test_a_teacher_that_nothing_learns_from_is_warned_of(tiny_clip, tmp_path):
+    with pytest.warns(UserWarning, match="teacher: nothing learns from it; --objective teacher"):
+        vlfast.fit(
+            "coop",
+            model=tiny_clip,
+            data=squares_dataset(),
+            output=tmp_path / "run",
+            teacher="glyphs-teacher",
+            shots=2,
+            epochs=1,
+            show_progress=False,
+        )
+
+
+def test_class_specific_prompts_of_all_images_are_not_for_a_half(tiny_clip, tmp_path):
+    options = {"prompts": "class_specific", "objective": "teacher", "unlabelled": True}
+    options |= {"teacher": "glyphs-teacher", "shots": 2, "epochs": 1, "show_progress": False}
+    options |= {"model": tiny_clip, "data": squares_dataset()}
+    with pytest.raises(VlfastError, match="can't be tested on the base half alone"):
+        vlfast.fit("coop", output=tmp_path / "run", classes="base", **options)
+    assert not (tmp_path / "run").exists()
+    vlfast.fit("coop", output=tmp_path / "all", classes="all", **options)
+
+
+def test_files_of_templates_are_found_from_another_folder(tiny_clip, tmp_path, monkeypatch):
+    (tmp_path / "pool.txt").write_text("a photo of a {}.\na drawing of a {}.\n")
+    monkeypatch.chdir(tmp_path)
+    mixture = {"kind": "mixture", "pool": "pool.txt"}
+    regulation = {"kind": "self_regulation", "templates": "imagenet"}
+    run = vlfast.fit(
+        "coop",
+        model=tiny_clip,
+        data=squares_dataset(),
+        output=tmp_path / "run",
+        add=[mixture, regulation],
+        shots=2,
+        epochs=1,
+        show_progress=False,
+    )
+    _, mixture, regulation = run.folder.read_config().objectives
+    assert mixture["pool"] == str(tmp_path / "pool.txt")
+    assert regulation["templates"] == "imagenet"
+
+
 def test_what_is_no_run(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"is not a run's folder, it has no config\.yaml"):
         vlfast.load(tmp_path)

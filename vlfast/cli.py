@@ -369,7 +369,9 @@ def _cost(argv: list[str]) -> None:
         teacher=options.teacher,
         options=given,
         steps=options.steps,
-        report=lambda one: print(f"{one.recipe} measured", file=sys.stderr),
+        report=lambda one: print(
+            f"{one.recipe} {'failed' if one.failed else 'measured'}", file=sys.stderr
+        ),
     )
     about = cost.about(costs, options.model, options.classes)
     if options.output:

@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vlfast.ops.flops  # noqa: F401  (so that the counter knows our ops)
 from vlfast.clip.models import load_clip
 from vlfast.data.dataset import Dataset, Split
-from vlfast.errors import VlfastError
+from vlfast.errors import UnknownNameError, VlfastError
 from vlfast.evaluation.tables import text_table
 from vlfast.prompts.classifier import PromptedClassifier
 from vlfast.run import train
@@ -99,20 +99,33 @@ def compare_costs(
     model: any name of open_clip, with random weights, or a bundled model. teacher: likewise, for
     recipes that need one; ``model`` by default. options: over each recipe's own, nested as in
     Config. steps: how many are timed. report: called with each cost as it comes. A recipe that
-    can't be measured so has ``failed`` set. Raises UnknownNameError for an unknown recipe.
+    can't be measured so has ``failed`` set; of all of them also one that needs more options.
+    Raises UnknownNameError for an unknown recipe, VlfastError for options that do not fit together.
     """
     if classes < 1 or steps < 1:
         name, value = ("classes", classes) if classes < 1 else ("steps", steps)
         raise ValueError(f"{name}: expected at least 1, got {value}")
-    configs = [
-        cost_config(name, model=model, teacher=teacher, options=options)
-        for name in (RECIPES if recipes is None else recipes)
-    ]
+    configs: dict[str, Config | VlfastError] = {}
+    for name in RECIPES if recipes is None else recipes:
+        try:
+            configs[name] = cost_config(name, model=model, teacher=teacher, options=options)
+        except UnknownNameError:
+            raise
+        except VlfastError as error:
+            if recipes is not None:
+                raise
+            configs[name] = error
+    refused = [config for config in configs.values() if isinstance(config, VlfastError)]
+    if refused and len(refused) == len(configs):
+        raise refused[0]
     costs = []
-    for config in configs:
-        with _forks().Pool(1) as pool:
-            arguments = (config, classes, steps, torch.get_num_threads())
-            costs.append(pool.apply(_measure_apart, arguments))
+    for name, config in configs.items():
+        if isinstance(config, VlfastError):
+            costs.append(_failed(Cost(name, "-", "-", learned=0), config))
+        else:
+            with _forks().Pool(1) as pool:
+                arguments = (config, classes, steps, torch.get_num_threads())
+                costs.append(pool.apply(_measure_apart, arguments))
         report(costs[-1])
     return costs
 
@@ -360,13 +373,12 @@ def _measure_apart(config: Config, classes: int, steps: int, threads: int) -> Co
     try:
         return measure_cost(config, classes=classes, steps=steps)
     except (VlfastError, ValueError, OSError, torch.OutOfMemoryError) as error:
-        return Cost(
-            recipe=config.recipe.name,
-            prompts=config.prompts.kind,
-            objectives=" + ".join(o["kind"] for o in config.objectives),
-            learned=0,
-            failed=" ".join(str(error).split()),
-        )
+        objectives = " + ".join(o["kind"] for o in config.objectives)
+        return _failed(Cost(config.recipe.name, config.prompts.kind, objectives, learned=0), error)
+
+
+def _failed(cost: Cost, error: Exception) -> Cost:
+    return replace(cost, failed=" ".join(str(error).split()))
 
 
 def _forks() -> multiprocessing.context.BaseContext:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vlfast.clip.words import nearest_words
+from vlfast.data.templates import template_pool
 from vlfast.errors import VlfastError
 from vlfast.evaluation.tables import text_table
 from vlfast.prompts import HardPrompt
@@ -131,7 +132,7 @@ def prompt_shares(run: Run, *, checkpoint: str = "last") -> PromptShares:
     if GATE not in tensors:
         raise VlfastError(
             f"run: {run.folder.path} has no gate over hard prompts; only the mixture objective "
-            "learns one"
+            "learns one, over a pool of several"
         )
     gate = tensors[GATE]
     dataset = run.dataset
@@ -207,8 +208,6 @@ def _percent(row: np.ndarray) -> list[str]:
 
 def _pool(spec: dict[str, Any], dataset: str, template: str) -> tuple[str, ...]:
     """The hard prompts that a mixture was trained with."""
-    from vlfast.data.templates import template_pool
-
     return template_pool(spec["pool"], dataset, template)[: spec["pool_size"]]
 
 

@@ -53,8 +53,8 @@ def load_parts(
     data.root, data.features = _absolute(data.root), _absolute(data.features)
     teacher.run, teacher.features = _absolute(teacher.run), _absolute(teacher.features)
     for objective in config.objectives:
-        for option in {"pool", "templates"} & objective.keys():
-            if objective[option] not in POOLS:
+        for option in ("pool", "templates"):  # a file, unless it is a pool by its name
+            if objective.get(option) not in (None, *POOLS):
                 objective[option] = _absolute(objective[option])
     return clip, dataset
 

@@ -228,7 +228,8 @@ def resume(
     config = folder.read_config()
     config.output = str(path)
     if folder.finished:
-        return load(path, clip=clip)
+        run = load(path, clip=clip)
+        return Run(run.config, run.classifier, run.folder, dataset)
     return train(config, resume=True, clip=clip, dataset=dataset, show_progress=show_progress)
 
 

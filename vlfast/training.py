@@ -189,6 +189,12 @@ def plan_training(
     if names is not None:
         task = _learn_from_dictionary(task, names, config)
     _check_task(task, objectives)
+    if teacher is not None and table is None and not _learns_from_teacher(task, objectives):
+        warnings.warn(
+            "teacher: nothing learns from it; --objective teacher replaces the labels, "
+            "--add teacher joins them",
+            stacklevel=3,
+        )
     stores: dict[str, FeatureStore] = {}
     if config.recipe.epochs and len(drawn.train):
         check_batch(config.recipe.batch_size, len(drawn.train), accelerator.num_processes)
@@ -242,7 +248,7 @@ def _with_words(config: Config, dataset: Dataset) -> Dataset:
         if not _reads_template(config):
             warnings.warn(
                 f"data.template: {config.prompts.kind} prompts have words of their own instead of "
-                f"a template, so {config.data.template!r} changes nothing",
+                f"a template, so {config.data.template!r} changes nothing of theirs",
                 stacklevel=4,
             )
     if config.prompts.init == "auto":
@@ -312,6 +318,10 @@ def _check_task(task: Task, objectives: Sequence[Objective]) -> None:
                 f"{why}the {objective.kind} objective needs labels; {objective.without_labels}"
             )
         objective.check(task)
+
+
+def _learns_from_teacher(task: Task, objectives: Sequence[Objective]) -> bool:
+    return task.candidates is not None or any(o.needs_teacher for o in objectives)
 
 
 def _check_least_batch(prompts: Prompts, batch: int) -> None:

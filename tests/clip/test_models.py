@@ -232,6 +232,16 @@ def test_nearest_word_of_a_words_own_embedding(tiny_clip):
     assert nearest[0][1][1] > 0.01
 
 
+def test_small_distances_to_words_are_exact_among_many(tiny_clip):
+    """CoOp's first epochs move a context by little."""
+    vectors = tiny_clip.text_tower.embed_words("photo cat").repeat(20, 1)
+    moved = vectors + 1e-5
+    of_own = [words[0][1] for words in nearest_words(tiny_clip, vectors, count=1)]
+    of_moved = [words[0][1] for words in nearest_words(tiny_clip, moved, count=1)]
+    assert of_own == [0.0] * 40
+    assert of_moved == pytest.approx((moved - vectors).norm(dim=1).tolist(), rel=1e-5)
+
+
 def test_unknown_words_are_warned_of(tiny_model):
     known = torch.ones(49408, dtype=torch.bool)
     clip = wrap_clip(tiny_model, name="partial", known_tokens=known)

@@ -12,7 +12,7 @@ from tests.conftest import Squares, squares_dataset
 from vlfast import cli
 from vlfast.data.views import Views
 from vlfast.errors import VlfastError
-from vlfast.trainers.feature_store import FeatureStore, hash_of_weights
+from vlfast.trainers.feature_store import FeatureStore, FeatureWriter, hash_of_weights
 from vlfast.trainers.images import view_config
 
 DATA = {"shots": 4, "views": 2}
@@ -184,6 +184,22 @@ def test_goes_on_after_a_kill(tiny_clip, tmp_path, monkeypatch, stored):
     assert (path / "view-0001.safetensors").stat().st_mtime_ns == first.st_mtime_ns
     for file in stored.iterdir():
         assert (path / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("options", [{}, {"augment": False}])
+def test_a_store_without_a_finished_view_is_refused(tiny_clip, tmp_path, monkeypatch, options):
+    """What is left where `vlfast features` was stopped in its first view."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FeatureWriter, "write_view", stop)
+    views = {"views": None if options else 2}
+    with pytest.raises(KeyboardInterrupt):
+        store(tiny_clip, tmp_path / "store", **views, **options)
+    with pytest.raises(VlfastError, match="has 0 finished views, but this run needs 1"):
+        fit(tiny_clip, tmp_path / "run", features=str(tmp_path / "store"), **options)
+    assert not (tmp_path / "run").exists()
 
 
 def test_more_views_are_added(tiny_clip, tmp_path, stored):

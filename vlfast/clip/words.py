@@ -24,8 +24,10 @@ def nearest_words(
     words = clip.token_embedding.float().cpu()[known]
     found = []
     for part in vectors.detach().float().cpu().split(VECTORS_AT_ONCE):
-        nearest = torch.cdist(part, words).topk(min(count, len(known)), largest=False)
-        rows = zip(nearest.indices.tolist(), nearest.values.tolist(), strict=True)
+        indices = torch.cdist(part, words).topk(min(count, len(known)), largest=False).indices
+        # Of many at once, distances come from products, whose rounding hides small ones.
+        distances = (part.unsqueeze(1) - words[indices]).norm(dim=-1)
+        rows = zip(indices.tolist(), distances.tolist(), strict=True)
         found += [
             [
                 (clip.tokenizer.decode([int(known[i])]).strip(), d)

@@ -35,16 +35,17 @@ def open_stores(
     Raises VlfastError, with the reason, for a folder that does not serve this run.
     """
     stores = {}
+    least = config.data.views or 1
     if config.data.features is not None:
         store = FeatureStore(config.data.features)
-        store.check(config.data.views, data=data, model=about_model(clip))
+        store.check(least, data=data, model=about_model(clip))
         stores["frozen"] = store
         if isinstance(teacher, ModelTeacher) and store.teacher is not None:
             own = teacher.about()
             store.check(teacher={key: own[key] for key in ("name", "weights")})
             stores["teacher"] = store
     if isinstance(teacher, StoredTeacher):
-        teacher.store.check(config.data.views, data=data)
+        teacher.store.check(least, data=data)
         same = config.data.features is not None and stores["frozen"].path == teacher.store.path
         stores["teacher"] = stores["frozen"] if same else teacher.store
     for store in stores.values():

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from vlfast.clip.models import ClipModel
 from vlfast.data.dataset import Dataset, Split
 from vlfast.errors import VlfastError
 from vlfast.trainers.config import Config
+from vlfast.trainers.files import replacing
 
 FORMAT = "vlfast-features-1"
 DTYPES = {"fp32": ("F32", np.float32), "fp16": ("F16", np.float16)}
@@ -189,8 +189,10 @@ class FeatureWriter:
             store = FeatureStore(self.path, "output")
             parts = {part: about[part] for part in ("data", "model", "teacher")}
             if (store.teacher is None) != (about["teacher"] is None):
+                how = "without" if store.teacher is None else "with"
                 raise VlfastError(
-                    f"output: {self.path} was made with{'out' * (store.teacher is None)} a teacher"
+                    f"output: {self.path} was made {how} a teacher; name the same models again, or "
+                    "another folder"
                 )
             store.check(**{part: value for part, value in parts.items() if value is not None})
             for name in ("dtype", "classnames"):
@@ -257,21 +259,14 @@ class FeatureWriter:
     @contextmanager
     def _finishing(self, name: str) -> Iterator[Path]:
         """A file to write aside, which counts once it is whole."""
-        aside = self.path / f".{name}.tmp"
-        try:
+        with replacing(self.path / name) as aside:
             yield aside
-            with open(aside, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(aside, self.path / name)
-        finally:
-            aside.unlink(missing_ok=True)
         self.manifest["files"][name] = _checksum(self.path / name)
         self._write_manifest()
 
     def _write_manifest(self) -> None:
-        aside = self.path / ".manifest.json.tmp"
-        aside.write_text(json.dumps(self.manifest, indent=2) + "\n", encoding="utf-8")
-        os.replace(aside, self.path / "manifest.json")
+        with replacing(self.path / "manifest.json") as aside:
+            aside.write_text(json.dumps(self.manifest, indent=2) + "\n", encoding="utf-8")
 
 
 # The same weights may lie in another place; the weights' hash decides.

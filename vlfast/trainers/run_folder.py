@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from vlfast.errors import VlfastError
 from vlfast.trainers.config import Config, build_config
+from vlfast.trainers.files import replacing
 
 FORMAT = "vlfast-1"
 CHECKPOINTS = ("last", "best")
@@ -60,7 +59,7 @@ class RunFolder:
 
     def write_config(self, config: Config) -> None:
         text = yaml.safe_dump(asdict(config), sort_keys=False)
-        with self._replacing("config.yaml") as path:
+        with replacing(self.path / "config.yaml") as path:
             path.write_text(text, encoding="utf-8")
 
     def read_config(self) -> Config:
@@ -84,7 +83,7 @@ class RunFolder:
         """NAME.safetensors: tensors, and JSON metadata in the header."""
         header = {"format": FORMAT, **{k: json.dumps(v) for k, v in metadata.items()}}
         plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-        with self._replacing(f"{name}.safetensors") as path:
+        with replacing(self.path / f"{name}.safetensors") as path:
             path.write_bytes(save(plain, metadata=header))
 
     def read_tensors(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -110,11 +109,11 @@ class RunFolder:
     def keep_metrics(self, epochs: int) -> None:
         """Drop the rows of epochs after ``epochs``, and a last row cut short by a kill."""
         rows = [row for row in self.read_metrics() if row["epoch"] <= epochs]
-        with self._replacing("metrics.jsonl") as path:
+        with replacing(self.path / "metrics.jsonl") as path:
             path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
     def write_result(self, result: Mapping[str, Any]) -> None:
-        with self._replacing("result.json") as path:
+        with replacing(self.path / "result.json") as path:
             path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
     def read_result(self) -> dict[str, Any]:
@@ -122,17 +121,6 @@ class RunFolder:
         if not file.is_file():
             raise FileNotFoundError(f"run: {self.path} has no result.json, it is not finished")
         return json.loads(file.read_text(encoding="utf-8"))
-
-    @contextmanager
-    def _replacing(self, name: str) -> Iterator[Path]:
-        aside = self.path / f".{name}.tmp"
-        try:
-            yield aside
-            with open(aside, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(aside, self.path / name)
-        finally:
-            aside.unlink(missing_ok=True)
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
