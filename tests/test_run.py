@@ -197,16 +197,6 @@ def test_a_teacher_that_nothing_learns_from_is_warned_of(tiny_clip, tmp_path):
         )
 
 
-def test_class_specific_prompts_of_all_images_are_not_for_a_half(tiny_clip, tmp_path):
-    options = {"prompts": "class_specific", "objective": "teacher", "unlabelled": True}
-    options |= {"teacher": "glyphs-teacher", "shots": 2, "epochs": 1, "show_progress": False}
-    options |= {"model": tiny_clip, "data": squares_dataset()}
-    with pytest.raises(VlfastError, match="can't be tested on the base half alone"):
-        vlfast.fit("coop", output=tmp_path / "run", classes="base", **options)
-    assert not (tmp_path / "run").exists()
-    vlfast.fit("coop", output=tmp_path / "all", classes="all", **options)
-
-
 def test_files_of_templates_are_found_from_another_folder(tiny_clip, tmp_path, monkeypatch):
     (tmp_path / "pool.txt").write_text("a photo of a {}.\na drawing of a {}.\n")
     monkeypatch.chdir(tmp_path)
