@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vlfast.ops.flops  # noqa: F401  (so that the counter knows our ops)
 from vlfast.clip.models import load_clip
 from vlfast.data.dataset import Dataset, Split
-from vlfast.errors import UnknownNameError, VlfastError
+from vlfast.errors import VlfastError
 from vlfast.evaluation.tables import text_table
 from vlfast.prompts.classifier import PromptedClassifier
 from vlfast.run import train
@@ -41,6 +41,7 @@ from vlfast.trainers.recipes import RECIPES, resolve_config
 WARM_UP = 2  # steps before the first that counts
 TEST_BATCH = 32
 SECONDS_OF_TEST = 0.5  # at least, of small models
+DICTIONARY = 2000  # names that class-agnostic recipes choose from
 UNTRAINED = "random"  # the tag of weights that nobody trained
 
 # fmt: off
@@ -99,35 +100,26 @@ def compare_costs(
     model: any name of open_clip, with random weights, or a bundled model. teacher: likewise, for
     recipes that need one; ``model`` by default. options: over each recipe's own, nested as in
     Config. steps: how many are timed. report: called with each cost as it comes. A recipe that
-    can't be measured so has ``failed`` set; of all of them also one that needs more options.
-    Raises UnknownNameError for an unknown recipe, VlfastError for options that do not fit together.
+    can't be measured so has ``failed`` set. Class-agnostic recipes choose from 2000 names. Raises
+    UnknownNameError for an unknown recipe, VlfastError for options that do not fit together.
     """
     if classes < 1 or steps < 1:
         name, value = ("classes", classes) if classes < 1 else ("steps", steps)
         raise ValueError(f"{name}: expected at least 1, got {value}")
-    configs: dict[str, Config | VlfastError] = {}
-    for name in RECIPES if recipes is None else recipes:
-        try:
-            configs[name] = cost_config(name, model=model, teacher=teacher, options=options)
-        except UnknownNameError:
-            raise
-        except VlfastError as error:
-            if recipes is not None:
-                raise
-            configs[name] = error
-    refused = [config for config in configs.values() if isinstance(config, VlfastError)]
-    if refused and len(refused) == len(configs):
-        raise refused[0]
-    costs = []
-    for name, config in configs.items():
-        if isinstance(config, VlfastError):
-            costs.append(_failed(Cost(name, "-", "-", learned=0), config))
-        else:
+    with tempfile.TemporaryDirectory() as folder:
+        names = Path(folder) / "names.txt"
+        names.write_text("\n".join(_class_names(DICTIONARY)) + "\n", encoding="utf-8")
+        configs = [
+            cost_config(name, model=model, teacher=teacher, options=options, dictionary=names)
+            for name in (RECIPES if recipes is None else recipes)
+        ]
+        costs = []
+        for config in configs:
             with _forks().Pool(1) as pool:
                 arguments = (config, classes, steps, torch.get_num_threads())
                 costs.append(pool.apply(_measure_apart, arguments))
-        report(costs[-1])
-    return costs
+            report(costs[-1])
+        return costs
 
 
 def cost_config(
@@ -136,10 +128,14 @@ def cost_config(
     model: str,
     teacher: str | None = None,
     options: Mapping[str, Any] | None = None,
+    dictionary: Path | None = None,
 ) -> Config:
     """The recipe's config for measuring, with ``options`` over it. A teacher is there only where an
-    objective learns from one, or the data or prompts ask for it."""
+    objective learns from one, or the data or prompts ask for it. dictionary: a file of class names
+    for recipes that need one."""
     own = {"recipe": {"name": recipe}, "model": _weights(model)}
+    if recipe == "kdpl-ca" and dictionary is not None:
+        own["data"] = {"dictionary": str(dictionary)}
     config = resolve_config(merge_options(own, options or {}))
     if _learns_from_teacher(config) and not (options or {}).get("teacher"):
         with_teacher = {**own, "teacher": _weights(teacher or model)}
@@ -335,19 +331,22 @@ class RandomImages:
 
 def random_images(classes: int, train: int, image_size: int) -> Dataset:
     """A dataset of noise, ``train`` images in all, with class names of two words."""
-    names = [f"{_ADJECTIVES[i % 20]} {_NOUNS[i % 31]}" for i in range(classes)]
-    names = [name if i < 20 * 31 else f"{name} {i}" for i, name in enumerate(names)]
     whole = Split(RandomImages(train, image_size), np.arange(train), np.arange(train) % classes)
     none = whole.at([])
     return Dataset(
         name="cost",
-        classnames=tuple(names),
+        classnames=_class_names(classes),
         template="a photo of a {}.",
         train=whole,
         val=none,
         test=none,
         context_init="a photo of a",
     )
+
+
+def _class_names(count: int) -> tuple[str, ...]:
+    names = [f"{_ADJECTIVES[i % 20]} {_NOUNS[i % 31]}" for i in range(count)]
+    return tuple(name if i < 20 * 31 else f"{name} {i}" for i, name in enumerate(names))
 
 
 def _cell(value: float | None, form: str) -> str:
@@ -374,11 +373,8 @@ def _measure_apart(config: Config, classes: int, steps: int, threads: int) -> Co
         return measure_cost(config, classes=classes, steps=steps)
     except (VlfastError, ValueError, OSError, torch.OutOfMemoryError) as error:
         objectives = " + ".join(o["kind"] for o in config.objectives)
-        return _failed(Cost(config.recipe.name, config.prompts.kind, objectives, learned=0), error)
-
-
-def _failed(cost: Cost, error: Exception) -> Cost:
-    return replace(cost, failed=" ".join(str(error).split()))
+        failed = " ".join(str(error).split()) or type(error).__name__
+        return Cost(config.recipe.name, config.prompts.kind, objectives, learned=0, failed=failed)
 
 
 def _forks() -> multiprocessing.context.BaseContext:
