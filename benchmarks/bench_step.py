@@ -310,8 +310,6 @@ CASES = [
     coop(100),
     coop(400, full=True),
     coop(1000, full=True),
-    coop(100, stored=True),
-    promptkd(100, full=True),
     cocoop(1, 50),
     cocoop(1, 100),
     cocoop(1, 400, full=True),
