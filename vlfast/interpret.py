@@ -14,6 +14,7 @@ from torch import Tensor
 from vlfast.clip.words import nearest_words
 from vlfast.data.templates import template_pool
 from vlfast.errors import VlfastError
+from vlfast.evaluation.plots import PromptShares, WordHistory
 from vlfast.evaluation.tables import text_table
 from vlfast.prompts import HardPrompt
 from vlfast.prompts.classifier import PromptedClassifier
@@ -37,31 +38,6 @@ class VectorWords:
     @property
     def name(self) -> str:
         return f"vector {self.vector}" + (f" of {self.classname}" if self.classname else "")
-
-
-@dataclass(frozen=True)
-class WordHistory:
-    """The nearest word of every context vector after each epoch, 0 being before training.
-
-    vectors: their names. words[e][v] and distances [E + 1, V]: of vector v after epoch e.
-    """
-
-    vectors: Sequence[str]
-    words: Sequence[Sequence[str]]
-    distances: np.ndarray
-
-
-@dataclass(frozen=True)
-class PromptShares:
-    """How much of a class's test images each hard prompt of the pool teaches.
-
-    shares: fp32 [C, H], the mean over a class's images of the weights that the gate gives; a row
-    adds up to 1. classnames: C, those that have test images.
-    """
-
-    templates: Sequence[str]
-    classnames: Sequence[str]
-    shares: np.ndarray
 
 
 def context_words(run: Run, *, count: int = 3, classes: int = 3) -> list[VectorWords]:

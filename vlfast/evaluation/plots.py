@@ -1,4 +1,4 @@
-"""Pictures of runs: how the loss and the accuracy went, and what was predicted."""
+"""Pictures of runs: how the loss and the accuracy went, what was predicted, what was learned."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from PIL import Image
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from vlfast.interpret import PromptShares, WordHistory
 
 # Okabe and Ito's colours, which remain distinct to colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -37,6 +37,31 @@ class Example:
     classname: str
     half: str
     guesses: Sequence[Guess]
+
+
+@dataclass(frozen=True)
+class WordHistory:
+    """The nearest word of every context vector after each epoch, 0 being before training.
+
+    vectors: their names. words[e][v] and distances [E + 1, V]: of vector v after epoch e.
+    """
+
+    vectors: Sequence[str]
+    words: Sequence[Sequence[str]]
+    distances: np.ndarray
+
+
+@dataclass(frozen=True)
+class PromptShares:
+    """How much of a class's test images each hard prompt of the pool teaches.
+
+    shares: fp32 [C, H], the mean over a class's images of the weights that the gate gives; a row
+    adds up to 1. classnames: C, those that have test images.
+    """
+
+    templates: Sequence[str]
+    classnames: Sequence[str]
+    shares: np.ndarray
 
 
 def plot_training(metrics: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Path) -> None:
