@@ -113,7 +113,8 @@ def prompt_shares(run: Run, *, checkpoint: str = "last") -> PromptShares:
     gate = tensors[GATE]
     dataset = run.dataset
     (spec,) = (o for o in run.config.objectives if o["kind"] == "mixture")
-    templates = _pool(spec, dataset.name, run.config.data.template or dataset.template)
+    template = run.config.data.template or dataset.template
+    templates = template_pool(spec["pool"], dataset.name, template)[: spec["pool_size"]]
     if gate.shape[1] != len(templates):
         raise VlfastError(
             f"run: the gate weighs {gate.shape[1]} hard prompts, but the pool {spec['pool']!r} has "
@@ -180,11 +181,6 @@ def as_json(
 
 def _percent(row: np.ndarray) -> list[str]:
     return [f"{100 * share:.0f}" if share > 0 else "-" for share in row]
-
-
-def _pool(spec: dict[str, Any], dataset: str, template: str) -> tuple[str, ...]:
-    """The hard prompts that a mixture was trained with."""
-    return template_pool(spec["pool"], dataset, template)[: spec["pool_size"]]
 
 
 def _no_vectors(run: Run) -> VlfastError:

@@ -33,7 +33,11 @@ def test_some_classes_and_nothing_to_learn(tiny_clip):
 
 @pytest.mark.parametrize(
     ("templates", "match"),
-    [([], "at least one"), (["a photo"], "exactly one {} in each, got 'a photo'")],
+    [
+        ([], "at least one"),
+        (["a photo"], "exactly one {}, got 'a photo'"),
+        (["a {x} of {}"], "got 'a {x} of {}'"),
+    ],
 )
 def test_bad_templates(tiny_clip, templates, match):
     with pytest.raises(VlfastError, match=match):

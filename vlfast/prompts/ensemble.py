@@ -11,6 +11,7 @@ from torch.nn import functional
 from vlfast.clip.models import ClipModel
 from vlfast.clip.text_tower import TextOutput
 from vlfast.clip.tokens import PromptTokens
+from vlfast.data.templates import check_template
 from vlfast.errors import VlfastError
 from vlfast.prompts.base import Prompts
 
@@ -51,10 +52,8 @@ class EnsemblePrompt(Prompts):
         if not templates:
             raise VlfastError("prompts.templates: expected at least one, got none")
         for template in templates:
-            if template != OWN and template.count("{}") != 1:
-                raise VlfastError(
-                    f"prompts.templates: expected exactly one {{}} in each, got {template!r}"
-                )
+            if template != OWN:
+                check_template(template, "prompts.templates")
         self.templates = tuple(templates)
 
     def tokenize(
