@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vlfast.clip.models import ClipModel
+from vlfast.data.templates import check_template
 from vlfast.errors import VlfastError
 from vlfast.prompts.classifier import PromptedClassifier
 from vlfast.prompts.hard import HardPrompt
@@ -28,8 +29,8 @@ def check_teacher(options: TeacherConfig) -> None:
         raise VlfastError(
             f"teacher.pretrained: expected with teacher.name, got {options.pretrained!r} alone"
         )
-    if options.template is not None and options.template.count("{}") != 1:
-        raise VlfastError(f"teacher.template: expected exactly one {{}}, got {options.template!r}")
+    if options.template is not None:
+        check_template(options.template, "teacher.template")
     if not 0 < options.calibration < math.inf:
         raise VlfastError(f"teacher.calibration: expected above 0, got {options.calibration}")
 
