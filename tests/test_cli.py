@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from vlfast import cli
+from vlfast.cli import recipes
 
 
 def run(capsys, *argv):
@@ -129,7 +130,7 @@ def test_interrupt_is_no_error_trace(capsys, monkeypatch):
     def stop(argv):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_recipes", stop)
+    monkeypatch.setattr(recipes, "main", stop)
     assert run(capsys, "recipes") == (130, "", "vlfast: stopped\n")
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from vlfast import cli
+from vlfast.cli.features import features_arguments
+from vlfast.cli.options import config_options
+from vlfast.cli.train import train_arguments
 from vlfast.data.templates import POOLS
 from vlfast.objectives import build_objectives
 from vlfast.trainers.recipes import RECIPES, resolve_config
@@ -29,8 +31,8 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("command", commands())
 def test_command_resolves(command):
     _, name, *words = shlex.split(command)
-    arguments = {"train": cli._train_arguments, "features": cli._features_arguments}[name]
-    config = resolve_config(cli._config_options(words, name, arguments)["given"])
+    arguments = {"train": train_arguments, "features": features_arguments}[name]
+    config = resolve_config(config_options(words, name, "", arguments)["given"])
     build_objectives(config.objectives)
     for objective in config.objectives:
         pool = objective.get("pool", objective.get("templates"))
