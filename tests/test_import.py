@@ -16,7 +16,7 @@ PACKAGE = Path(vlfast.__file__).parent
 # Imports point one way: from a room to those before it. clip and data stand beside each other.
 ROOMS = (
     {"errors", "version", "_extension"},
-    {"ops"},
+    {"ops", "restricted_pickle"},
     {"clip", "data"},
     {"prompts"},
     {"objectives"},
@@ -25,7 +25,8 @@ ROOMS = (
     {"parts"},
     {"training"},
     {"run"},
-    {"features", "interpret", "cost", "demo", "doctor"},
+    {"features", "interpret", "cost", "demo", "doctor", "checkpoints", "protocols"},
+    {"report"},
     {"cli"},
     {"__main__"},
 )

@@ -51,6 +51,7 @@ def load_parts(
     config.model.name, config.model.pretrained = clip.name, clip.pretrained
     data, teacher = config.data, config.teacher
     data.root, data.features = _absolute(data.root), _absolute(data.features)
+    data.classnames = _absolute(data.classnames)
     teacher.run, teacher.features = _absolute(teacher.run), _absolute(teacher.features)
     for objective in config.objectives:
         for option in ("pool", "templates"):  # a file, unless it is a pool by its name
@@ -74,7 +75,7 @@ def recorded_clip(config: Config, device: torch.device) -> ClipModel:
 
 def recorded_dataset(config: Config) -> Dataset:
     try:
-        return load_dataset(config.data.name, config.data.root)
+        return load_dataset(config.data.name, config.data.root, config.data.classnames)
     except UnknownNameError as error:
         raise UnknownNameError(
             f"{error}; if the dataset was built in Python, pass it: evaluate(data), "

@@ -18,7 +18,8 @@ from vlfast.data.catalog import load_dataset
 from vlfast.data.dataset import Dataset
 from vlfast.data.folder import open_image
 from vlfast.data.views import image_batch
-from vlfast.evaluation.protocols import evaluate_dataset
+from vlfast.evaluation.evaluate import evaluate_dataset
+from vlfast.evaluation.predictions import ByTest
 from vlfast.parts import (
     CLASS_FEATURES,
     load_classifier,
@@ -32,8 +33,11 @@ from vlfast.trainers.context_history import FILE as CONTEXTS
 from vlfast.trainers.fit import OnStep
 from vlfast.trainers.images import TEST_BATCH, view_config
 from vlfast.trainers.recipes import resolve_config
-from vlfast.trainers.run_folder import CHECKPOINTS, RunFolder
+from vlfast.trainers.run_folder import CHECKPOINTS, PREDICTIONS, RunFolder
 from vlfast.training import plan_training
+
+# What ``save`` copies besides the config.
+KEPT = (*CHECKPOINTS, CLASS_FEATURES, CONTEXTS, PREDICTIONS)
 
 
 @dataclass(frozen=True)
@@ -79,13 +83,17 @@ class Run:
         return self.folder.read_result()
 
     def evaluate(
-        self, data: Dataset | str | None = None, *, root: str | None = None
+        self,
+        data: Dataset | str | None = None,
+        *,
+        root: str | None = None,
+        predictions: ByTest | None = None,
     ) -> dict[str, Any]:
         """Test it: on its own dataset, or on ``data`` (a Dataset, or a name with its ``root``).
 
         On its own dataset a run trained on base classes is tested base-to-new; on another, with all
         classes (cross-dataset). Percentages; see
-        ``vlfast.evaluation.protocols.evaluate_dataset`` for the form.
+        ``vlfast.evaluation.evaluate.evaluate_dataset`` for the form, and for ``predictions``.
         """
         classifier, config = self.classifier, self.config.data
         if data is None:
@@ -95,7 +103,9 @@ class Run:
             if dataset.name != config.name and config.template is None:
                 classifier = replace_template(classifier, dataset.template)
         classes = config.classes if dataset.name == config.name else "all"
-        return evaluate_dataset(classifier, dataset, classes, config.workers)
+        return evaluate_dataset(
+            classifier, dataset, classes, config.workers, predictions=predictions
+        )
 
     def predict(
         self,
@@ -139,7 +149,7 @@ class Run:
         """Copy what ``vlfast.load`` needs (config, checkpoints, result) to another folder."""
         target = RunFolder(path)
         target.start(self.config)
-        tensors = [f"{name}.safetensors" for name in (*CHECKPOINTS, CLASS_FEATURES, CONTEXTS)]
+        tensors = [f"{name}.safetensors" for name in KEPT]
         for name in [*tensors, "metrics.jsonl", "result.json"]:
             if (self.folder.path / name).is_file():
                 shutil.copyfile(self.folder.path / name, target.path / name)
@@ -253,8 +263,16 @@ def load(
 
 
 def default_output(config: Config) -> Path:
-    """runs/DATA/MODEL/RECIPE-CLASSES-SHOTSshots-seedN; prompts and objectives that are not the
-    recipe's own stand beside its name."""
+    """runs/DATA/MODEL/METHOD-CLASSES-SHOTSshots-seedN."""
+    shots = f"{config.data.shots}shots" if config.data.shots else "allshots"
+    parts = [method_name(config), config.data.classes, shots, f"seed{config.seed}"]
+    model = Path(config.model.name).stem
+    return Path("runs") / config.data.name.replace("/", "-") / model / "-".join(parts)
+
+
+def method_name(config: Config) -> str:
+    """The recipe's name, with "-PROMPTS" and "-OBJECTIVES" where they are not the recipe's own:
+    "kdpl-coupled", "promptsrc-teacher+self_regulation"."""
     own = resolve_config({"recipe": config.recipe.name, "data": asdict(config.data)})
     parts = [config.recipe.name]
     if config.prompts.kind != own.prompts.kind:
@@ -262,10 +280,7 @@ def default_output(config: Config) -> Path:
     kinds = [objective["kind"] for objective in config.objectives]
     if kinds != [objective["kind"] for objective in own.objectives]:
         parts.append("+".join(kinds))
-    shots = f"{config.data.shots}shots" if config.data.shots else "allshots"
-    parts += [config.data.classes, shots, f"seed{config.seed}"]
-    model = Path(config.model.name).stem
-    return Path("runs") / config.data.name.replace("/", "-") / model / "-".join(parts)
+    return "-".join(parts)
 
 
 @torch.no_grad()

@@ -19,7 +19,8 @@ from vlfast.data.dataset import Dataset
 from vlfast.data.dictionary import DICTIONARY_TEMPLATE, read_dictionary
 from vlfast.data.templates import prograd_template
 from vlfast.errors import VlfastError
-from vlfast.evaluation.protocols import evaluate_dataset
+from vlfast.evaluation.evaluate import evaluate_dataset
+from vlfast.evaluation.predictions import ByTest, to_tensors
 from vlfast.objectives import Candidates, Objective, Task, build_objectives
 from vlfast.objectives.general_knowledge import GeneralKnowledge
 from vlfast.ops.backends import reference_only
@@ -46,7 +47,7 @@ from vlfast.trainers.distributed import check_batch
 from vlfast.trainers.feature_store import FeatureStore, about_data
 from vlfast.trainers.fit import Fitted, OnStep, fit_prompts
 from vlfast.trainers.gradient_projection import check_projection
-from vlfast.trainers.run_folder import RunFolder
+from vlfast.trainers.run_folder import PREDICTIONS, RunFolder
 from vlfast.trainers.tensorboard import check_tensorboard
 from vlfast.version import __version__
 
@@ -116,7 +117,12 @@ class Plan:
         validation images chose one. All processes take part."""
         data = self.config.data
         how = {"workers": data.workers, "accelerator": self.accelerator, "encoded": {}}
-        accuracy = evaluate_dataset(self.classifier, self.dataset, data.classes, **how)
+        predictions: ByTest = {}
+        accuracy = evaluate_dataset(
+            self.classifier, self.dataset, data.classes, predictions=predictions, **how
+        )
+        if self.accelerator.is_main_process:
+            self.folder.write_tensors(PREDICTIONS, *to_tensors(predictions))
         if fitted.best_epoch is None:
             return accuracy, None
         best = accuracy

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from tests.conftest import squares_dataset
+from vlfast.evaluation.evaluate import evaluate_dataset
 from vlfast.evaluation.metrics import harmonic_mean, score
-from vlfast.evaluation.protocols import evaluate_dataset
 from vlfast.evaluation.tables import accuracy_table
 from vlfast.prompts import build_prompts
 from vlfast.prompts.classifier import PromptedClassifier

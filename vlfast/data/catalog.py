@@ -3,28 +3,69 @@
 from __future__ import annotations
 
 from vlfast.data.dataset import Dataset
-from vlfast.data.folder import load_folder
+from vlfast.data.layouts import LAYOUTS, layout_of
 from vlfast.errors import VlfastError, unknown_name
+
+# What is given by a folder or file of the user's.
+_OWN = {
+    "folder": "the folder of your images",
+    "csv": "a CSV file of paths and labels, or the folder of train.csv and test.csv",
+    "unlabelled": "the folder of your images, or a file that lists them",
+}
+_TORCHVISION = "torchvision/"
 
 
 def dataset_names() -> list[str]:
-    """Every name that ``load_dataset`` knows."""
+    """Every name that ``load_dataset`` knows, and "torchvision/CLASS" for any class of
+    torchvision.datasets."""
     from vlfast.data.glyphs import THEMES
 
-    return [*(f"glyphs/{theme}" for theme in THEMES), "folder"]
+    return [*(f"glyphs/{theme}" for theme in THEMES), *LAYOUTS, *_OWN]
 
 
-def load_dataset(name: str, root: str | None = None) -> Dataset:
-    """The whole dataset, every class and image: "glyphs/THEME", or "folder" with its ``root``.
+def canonical_name(name: str) -> str:
+    """ "oxford_pets" for "OxfordPets"; other names as they are."""
+    layout = layout_of(name)
+    return name if layout is None else layout.name
+
+
+def load_dataset(name: str, root: str | None = None, classnames: str | None = None) -> Dataset:
+    """The whole dataset, every class and image.
+
+    name: "glyphs/THEME"; one of the papers' (``vlfast.data.layouts``), whose folder stands below
+    ``root``; "torchvision/CLASS" with torchvision's ``root``; or your own images: "folder", "csv",
+    "unlabelled". classnames: a file of class names, for images that come without.
 
     Raises UnknownNameError for an unknown name (with the nearest), VlfastError for what is missing.
     """
-    if name not in dataset_names():
-        raise unknown_name("dataset", name, dataset_names())
-    if name == "folder":
-        if root is None:
-            raise VlfastError('data.root: the dataset "folder" needs the folder of your images')
-        return load_folder(root)
-    from vlfast.data.glyphs import load_theme
+    name = canonical_name(name)
+    if name not in dataset_names() and not name.startswith(_TORCHVISION):
+        raise unknown_name("dataset", name, [*dataset_names(), f"{_TORCHVISION}CIFAR10"])
+    if classnames is not None and name not in ("csv", "unlabelled"):
+        raise VlfastError(f"data.classnames: {name} has class names of its own")
+    if name.startswith("glyphs/"):
+        from vlfast.data.glyphs import load_theme
 
-    return load_theme(name.removeprefix("glyphs/"))
+        return load_theme(name.removeprefix("glyphs/"))
+    if root is None:
+        wanted = _OWN.get(name, "the folder that it lies in")
+        raise VlfastError(f"data.root: the dataset {name!r} needs {wanted}")
+    if name in LAYOUTS:
+        from vlfast.data.coop import load_coop
+
+        return load_coop(LAYOUTS[name], root)
+    if name.startswith(_TORCHVISION):
+        from vlfast.data.torchvision_data import load_torchvision
+
+        return load_torchvision(name.removeprefix(_TORCHVISION), root)
+    if name == "csv":
+        from vlfast.data.csv_table import load_csv
+
+        return load_csv(root, classnames)
+    if name == "unlabelled":
+        from vlfast.data.unlabelled import load_unlabelled
+
+        return load_unlabelled(root, classnames)
+    from vlfast.data.folder import load_folder
+
+    return load_folder(root)

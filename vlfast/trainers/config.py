@@ -44,6 +44,7 @@ class DataConfig:
     Attributes:
         name: glyphs/THEME, or "folder" for your own images in root/{train,val,test}/CLASS/.
         root: The folder of the images, where the dataset has one.
+        classnames: A file of class names, one a line, for images that come without any.
         shots: Training images a class; 0 takes all.
         classes: All classes, the base half or the new half.
         template: The text of hard prompts, with one {}; the dataset's own by default.
@@ -61,6 +62,7 @@ class DataConfig:
 
     name: str = "glyphs/tools"
     root: str | None = None
+    classnames: str | None = None
     shots: int = 16
     classes: ClassSubset = "all"
     template: str | None = None

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vlfast.clip.models import blocks_of
+from vlfast.data.catalog import canonical_name
 from vlfast.data.templates import dataset_key
 from vlfast.errors import VlfastError, unknown_name
 from vlfast.objectives import KINDS, complete
@@ -511,6 +512,8 @@ def resolve_config(given: Mapping[str, Any], blocks: tuple[int, int] | None = No
     given = expand_shorthand(given)
     objective, added = given.pop("objective", None), given.pop("add", None)
     check_options(given)
+    if "name" in given.get("data", {}):
+        given["data"] = {**given["data"], "name": canonical_name(given["data"]["name"])}
     recipe = given.get("recipe", {})
     name = recipe.get("name", "coop")
     sections = {key: given[key] for key in ("data", "model") if key in given}

@@ -20,6 +20,7 @@ from vlfast.trainers.files import replacing
 
 FORMAT = "vlfast-1"
 CHECKPOINTS = ("last", "best")
+PREDICTIONS = "predictions"  # of last, for every test image
 
 
 class RunFolder:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vlfast.data.dataset import ClassSubset, Dataset
 from vlfast.evaluation.metrics import harmonic_mean, score
+from vlfast.evaluation.predictions import ByTest, Predictions
 from vlfast.prompts.classifier import PromptedClassifier
 from vlfast.trainers.distributed import gather_shares, share_of
 from vlfast.trainers.images import encode_split
@@ -23,6 +24,7 @@ def evaluate_dataset(
     *,
     accelerator: Accelerator | None = None,
     encoded: dict[tuple[str, str], tuple[Tensor, Tensor]] | None = None,
+    predictions: ByTest | None = None,
 ) -> dict[str, Any]:
     """Scores on ``dataset`` (all of its classes) for prompts trained on ``classes``.
 
@@ -33,7 +35,7 @@ def evaluate_dataset(
 
     accelerator: its processes share the images, all of them must call, and all get the scores.
     encoded: where image features are kept for the next call with the same images and model; those
-    of prompts in the image tower are not.
+    of prompts in the image tower are not. predictions: where what was predicted goes, by test set.
     """
     keep = encoded is not None and not classifier.prompts.learns_images
     tests = {"": "test", **{name: name for name in dataset.domains}}
@@ -56,6 +58,10 @@ def evaluate_dataset(
                 for rows in (named.predict(found[0]), found[1])
             )
             scores[domain][part] = asdict(score(logits, labels))
+            if predictions is not None:
+                name = "test" if classes != "base" else part
+                of_test = f"{domain}/{name}" if domain else name
+                predictions[of_test] = Predictions.of(logits, labels, half.classnames)
     results = {domain: _arrange(of_parts, classes) for domain, of_parts in scores.items()}
     main = results.pop("")
     return {**main, "domains": results} if results else main

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from tests.conftest import squares_dataset
-from vlfast.evaluation.protocols import evaluate_dataset
+from vlfast.evaluation.evaluate import evaluate_dataset
 from vlfast.prompts import HardPrompt
 from vlfast.prompts.classifier import PromptedClassifier
 from vlfast.trainers import images
@@ -32,7 +32,7 @@ def test_features_are_kept_unless_prompts_change_them(tiny_clip, monkeypatch):
         calls.append(len(split))
         return encode(classifier, split, **options)
 
-    monkeypatch.setattr("vlfast.evaluation.protocols.encode_split", counted)
+    monkeypatch.setattr("vlfast.evaluation.evaluate.encode_split", counted)
     plain = PromptedClassifier(tiny_clip, HardPrompt(), data.classnames, data.template)
     first = evaluate_dataset(plain, data, "base", encoded=encoded)
     assert len(calls) == 4 and len(encoded) == 4

@@ -1,0 +1,144 @@
+"""Finished runs below a folder as rows of a protocol: what reports and comparisons read.
+
+A run that a protocol made has cell.yaml beside its config: {protocol, method, source, dataset,
+shots, seed, given}. Tests on other datasets lie in evaluations/NAME.json ({data: {name,
+fingerprint, images}, accuracy, versions, device}), what was predicted there in
+evaluations/NAME.safetensors; a slash in NAME is a dash in the file's name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vlfast.errors import VlfastError
+from vlfast.evaluation.predictions import ByTest, from_tensors
+from vlfast.run import method_name
+from vlfast.trainers.run_folder import PREDICTIONS, RunFolder, read_tensors
+
+CELL = "cell.yaml"
+EVALUATIONS = "evaluations"
+
+# {"test": score} or {"base": score, "new": score, "harmonic_mean": percent}; a score is
+# {"accuracy", "macro_f1", "images"}.
+Scores = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished run.
+
+    protocol: few-shot, base-to-new, cross-dataset or domain-generalization. source: the dataset
+    that the protocol trains on; dataset: what this run was trained on, another one where a method
+    learns from each target's own images. shots: 0 is all images. epochs: 0 where nothing was
+    trained. scores: by test set: the dataset's name, "DATASET/DOMAIN" for its domains, and the
+    names of the datasets that it was also tested on.
+    """
+
+    folder: Path
+    protocol: str
+    method: str
+    model: str
+    source: str
+    dataset: str
+    shots: int
+    seed: int
+    epochs: int
+    scores: Mapping[str, Scores]
+    train_seconds: float
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """A row an epoch."""
+        return RunFolder(self.folder).read_metrics()
+
+    def predictions(self) -> dict[str, ByTest]:
+        """What was predicted, by test set as in ``scores``, then by "test", "base" or "new"; only
+        test sets whose predictions were kept."""
+        found: dict[str, ByTest] = {}
+        own = self.folder / f"{PREDICTIONS}.safetensors"
+        if own.is_file():
+            for test, predictions in from_tensors(*read_tensors(own)).items():
+                domain, _, part = test.rpartition("/")
+                name = f"{self.dataset}/{domain}" if domain else self.dataset
+                found.setdefault(name, {})[part] = predictions
+        for name in self.scores:
+            file = evaluation_file(self.folder, name).with_suffix(".safetensors")
+            if file.is_file():
+                found[name] = from_tensors(*read_tensors(file))
+        return found
+
+
+def evaluation_file(folder: Path, dataset: str) -> Path:
+    """Where a run's test on another dataset is kept."""
+    return folder / EVALUATIONS / f"{dataset.replace('/', '-')}.json"
+
+
+def read_results(root: str | Path) -> list[Result]:
+    """Every finished run below ``root``, in the order of their paths.
+
+    Raises FileNotFoundError if there is no such folder, VlfastError naming a file that is damaged.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"results: there is no folder {root}")
+    return [read_result(file.parent) for file in sorted(root.rglob("result.json"))]
+
+
+def read_result(folder: Path) -> Result:
+    """One finished run."""
+    config = RunFolder(folder).read_config()
+    result = _read_json(folder / "result.json")
+    dataset = result["data"]["name"]
+    own = {key: value for key, value in result["accuracy"].items() if key != "domains"}
+    scores: dict[str, Scores] = {dataset: own} if own else {}
+    for domain, of_domain in result["accuracy"].get("domains", {}).items():
+        scores[f"{dataset}/{domain}"] = of_domain
+    evaluations = sorted((folder / EVALUATIONS).glob("*.json"))
+    for file in evaluations:
+        evaluation = _read_json(file)
+        scores[evaluation["data"]["name"]] = evaluation["accuracy"]
+    cell = _read_cell(folder)
+    if "protocol" in cell:
+        protocol = cell["protocol"]
+    elif config.data.classes != "all":
+        protocol = "base-to-new"
+    else:
+        protocol = "cross-dataset" if evaluations else "few-shot"
+    return Result(
+        folder=folder,
+        protocol=protocol,
+        method=cell.get("method", method_name(config)),
+        model=config.model.name,
+        source=cell.get("source", dataset),
+        dataset=dataset,
+        shots=config.data.shots,
+        seed=config.seed,
+        epochs=result["epochs"],
+        scores=scores,
+        train_seconds=result["train_seconds"],
+    )
+
+
+def _read_cell(folder: Path) -> dict[str, Any]:
+    file = folder / CELL
+    if not file.is_file():
+        return {}
+    try:
+        cell = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise VlfastError(f"results: {file} is not valid YAML") from error
+    if not isinstance(cell, dict):
+        raise VlfastError(f"results: {file} does not say what the run is a cell of")
+    return cell
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise VlfastError(f"results: {file} is not valid JSON") from error
