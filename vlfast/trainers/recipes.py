@@ -512,7 +512,7 @@ def resolve_config(given: Mapping[str, Any], blocks: tuple[int, int] | None = No
     given = expand_shorthand(given)
     objective, added = given.pop("objective", None), given.pop("add", None)
     check_options(given)
-    if "name" in given.get("data", {}):
+    if isinstance(given.get("data", {}).get("name"), str):
         given["data"] = {**given["data"], "name": canonical_name(given["data"]["name"])}
     recipe = given.get("recipe", {})
     name = recipe.get("name", "coop")
