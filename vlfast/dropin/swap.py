@@ -1,0 +1,60 @@
+"""Exchanging a module's class for one that computes the same faster, and back.
+
+The class is exchanged, not the instance's forward: the replicas of nn.DataParallel are made from
+the class and must see their own weights. Copies and pickles are accelerated as well.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+STATE = "_vlfast"
+
+
+class Swapped:
+    """Mixin of classes that stand in for a codebase's own. ``original_class`` is that one."""
+
+    original_class: type[nn.Module]
+
+    def __reduce_ex__(self, protocol: int) -> Any:
+        mixin = type(self).__bases__[0]
+        return _blank, (mixin, self.original_class), self.__getstate__()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+
+def swap(module: nn.Module, mixin: type[Swapped], state: Any) -> None:
+    """Let ``module`` be of its class with ``mixin`` in front."""
+    module.__dict__[STATE] = state
+    module.__class__ = swapped_class(mixin, type(module))
+
+
+def unswap(module: nn.Module) -> None:
+    """Undo ``swap``."""
+    module.__class__ = type(module).original_class
+    module.__dict__.pop(STATE, None)
+
+
+def is_swapped(module: nn.Module) -> bool:
+    return isinstance(module, Swapped)
+
+
+@cache
+def swapped_class(mixin: type[Swapped], original: type[nn.Module]) -> type[nn.Module]:
+    """The class of ``original`` with ``mixin`` in front; it goes by the original's name."""
+    attributes = {
+        "original_class": original,
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+    }
+    return type(original.__name__, (mixin, original), attributes)
+
+
+def _blank(mixin: type[Swapped], original: type[nn.Module]) -> nn.Module:
+    cls = swapped_class(mixin, original)
+    return cls.__new__(cls)
