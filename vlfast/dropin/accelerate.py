@@ -134,11 +134,11 @@ def accelerate(model: nn.Module, *, verify: bool = True) -> Report:
     """Make the text encoder of a CoOp-family model fast, in place.
 
     What all classes share, SOS and their common context, is computed once, and the rest of each
-    class up to EOT, instead of all 77 tokens of every class; class features of a frozen learner are
-    computed once. Parameters, their names and the optimiser stay as they are, and ``restore``
+    class up to EOT, instead of all 77 tokens of every class; class features of a frozen learner
+    are computed once. Parameters, their names and the optimiser stay as they are, and ``restore``
     undoes it.
 
-    model: the object that holds ``prompt_learner`` and ``text_encoder`` (CoOp, CoCoOp, KgCoOp,
+        model: the object that holds ``prompt_learner`` and ``text_encoder`` (CoOp, CoCoOp, KgCoOp,
     ProGrad, IVLP, MaPLe, PromptSRC, KDPL's student, MoPD, PromptKD's teacher), plain or in
     nn.DataParallel. verify: compare features and gradients of at most 8 classes with the codebase's
     own way at the first call, and restore it, with a warning, where they differ.
