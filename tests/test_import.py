@@ -25,7 +25,7 @@ ROOMS = (
     {"parts"},
     {"training"},
     {"run"},
-    {"features", "interpret", "cost", "demo", "doctor", "checkpoints", "protocols"},
+    {"features", "interpret", "cost", "demo", "doctor", "checkpoints", "protocols", "dropin"},
     {"report"},
     {"cli"},
     {"__main__"},
