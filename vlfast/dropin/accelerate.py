@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import inspect
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlfast.dropin.conditional import BatchPrompts, ImagePrompts
-from vlfast.dropin.swap import STATE, Swapped, is_swapped, swap, unswap
-from vlfast.dropin.text_encoder import EncoderState, encode, why_original
-from vlfast.dropin.verify import difference
+from vlfast.dropin.guard import AcceleratedTextEncoder, Guard
+from vlfast.dropin.learner import AcceleratedLearner, LearnerState, is_conditional, may_hand_over
+from vlfast.dropin.swap import is_replica, is_swapped, parameter_names, swap, unswap
+from vlfast.dropin.text_encoder import EncoderState, Reading
 
 _PARTS = ("transformer", "positional_embedding", "ln_final", "text_projection")
+# Where Dassl's trainers keep their models.
+_OF_TRAINERS = ("model", "student_model", "teacher_model", "model_teacher")
 
 
 @dataclass
 class Report:
     """What ``accelerate`` did. Printing it shows what became of the checks, too.
 
-    changed: what was exchanged, by the module's name. left: what was left alone, and why.
+    changed: what was exchanged, by the module's name. left: what was left alone, and why. checks:
+    what the calls found since then.
     """
 
     changed: dict[str, str] = field(default_factory=dict)
@@ -33,104 +34,13 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{name or 'model'}: {what}" for name, what in self.changed.items()]
         for name, what in self.left.items():
-            lines.append(f"{name or 'model'}: left as it is, {what}")
+            lines.append(f"{name or 'model'}: left as it is, since {what}")
         for name, said in self.checks.items():
-            lines += [f"{name}: {one}" for one in said]
+            lines += [f"{name or 'model'}: {one}" for one in said or ["not called yet"]]
         return "\n".join(lines) or "nothing to accelerate"
 
 
-class AcceleratedTextEncoder(Swapped):
-    """In front of a codebase's TextEncoder."""
-
-    def forward(self, prompts: Any, tokenized_prompts: Tensor, *rest: Any) -> Tensor:
-        state: Guard = self.__dict__[STATE]
-        return state.run(self, prompts, tokenized_prompts, rest)
-
-
-class AcceleratedConditionalLearner(Swapped):
-    """In front of CoCoOp's PromptLearner: its prompts are not built for every image."""
-
-    def forward(self, im_features: Tensor, *rest: Any) -> Any:
-        if rest or len(im_features) < 2:
-            return super().forward(im_features, *rest)
-        context = self.ctx.unsqueeze(0) + self.meta_net(im_features).unsqueeze(1)
-        return BatchPrompts(context, self.token_prefix, self.token_suffix)
-
-
-@dataclass
-class Guard:
-    """Runs a text encoder the fast way where that gives the same, else the codebase's own.
-
-    said: what a user should know of its checks, in order.
-    """
-
-    name: str
-    encoder: EncoderState
-    said: list[str]
-
-    def run(
-        self, module: nn.Module, prompts: Any, tokenized: Tensor, rest: Sequence[Any]
-    ) -> Tensor:
-        state = self.encoder
-        if why := why_original(module, prompts, tokenized):
-            self.say(f"took the codebase's own way, since {why}")
-            return original_forward(module, _plain(prompts), tokenized, rest)
-        if state.unchecked and not self.check(module, prompts, tokenized, rest):
-            return module(_plain(prompts), tokenized, *rest)
-        features = encode(module, state, prompts, tokenized, rest)
-        if features is None:
-            self.say("took the codebase's own way, since deep prompts replace no shared context")
-            return original_forward(module, _plain(prompts), tokenized, rest)
-        return features
-
-    def check(
-        self, module: nn.Module, prompts: Any, tokenized: Tensor, rest: Sequence[Any]
-    ) -> bool:
-        """Compare both ways; where they differ, try the other readings of the codebase, and
-        give up with a warning if none agrees."""
-        state = self.encoder
-        learner = state.learner
-        learned = [*(() if learner is None else learner.parameters()), *module.parameters()]
-        learned = [t for t in learned if t.requires_grad and t.is_leaf]
-        grads = torch.is_grad_enabled() and bool(learned)
-        first = _plain(prompts)
-        found = None
-        for share, half in ((True, True), (True, False), (False, True), (False, False)):
-            state.share, state.half_deep = share, half
-            said = difference(
-                module,
-                original_forward,
-                lambda m, p, t, r: encode(m, state, p, t, r),
-                first,
-                tokenized,
-                rest,
-                learned,
-            )
-            if said is None:
-                state.unchecked -= {"features", *(("gradients",) if grads else ())}
-                what = "features and gradients" if grads else "features"
-                self.say(f"checked, {what} are the same")
-                return True
-            found = found or said
-        state.last.clear()
-        unswap(module)
-        self.say(f"restored, since {found}")
-        warnings.warn(f"vlfast: {self.name} was restored, since {found}", stacklevel=4)
-        return False
-
-    def say(self, what: str) -> None:
-        if what not in self.said:
-            self.said.append(what)
-
-
-def original_forward(
-    module: nn.Module, prompts: Tensor, tokenized: Tensor, rest: Sequence[Any]
-) -> Tensor:
-    cls = type(module).original_class if is_swapped(module) else type(module)
-    return cls.forward(module, prompts, tokenized, *rest)
-
-
-def accelerate(model: nn.Module, *, verify: bool = True) -> Report:
+def accelerate(model: Any, *, verify: bool = True) -> Report:
     """Make the text encoder of a CoOp-family model fast, in place.
 
     What all classes share, SOS and their common context, is computed once, and the rest of each
@@ -140,35 +50,19 @@ def accelerate(model: nn.Module, *, verify: bool = True) -> Report:
 
         model: the object that holds ``prompt_learner`` and ``text_encoder`` (CoOp, CoCoOp, KgCoOp,
     ProGrad, IVLP, MaPLe, PromptSRC, KDPL's student, MoPD, PromptKD's teacher), plain or in
-    nn.DataParallel. verify: compare features and gradients of at most 8 classes with the codebase's
-    own way at the first call, and restore it, with a warning, where they differ.
+    nn.DataParallel; or a trainer that keeps such objects as ``model``, ``student_model``,
+    ``teacher_model`` or ``model_teacher``. verify: compare features and gradients of at most 8
+    classes with the codebase's own way at the first call, and again when other tensors learn or the
+    precision changes, and restore it, with a warning, where they differ.
 
     Returns a Report. A model that is not understood is left as it is, with the reason in it.
-    Raises TypeError for what is no module.
+    Raises TypeError for what neither is a module nor holds one.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     report = Report()
-    for name, module in list(model.named_modules()):
-        if not _looks_like_text_encoder(module):
-            continue
-        if is_swapped(module):
-            report.left[name] = "it is accelerated already"
-            continue
-        if why := _why_not(module):
-            report.left[name] = why
-            continue
-        learner = _learner_beside(model, name)
-        unchecked = {"features", "gradients"} if verify else set()
-        said: list[str] = []
-        guard = Guard(name or type(module).__name__, EncoderState(learner, unchecked), said)
-        swap(module, AcceleratedTextEncoder, guard)
-        report.changed[name] = "what all classes share is encoded once, the rest up to EOT"
-        report.checks[name] = said
-        if _is_conditional(learner) and not is_swapped(learner):
-            swap(learner, AcceleratedConditionalLearner, None)
-            place = next(n for n, m in model.named_modules() if m is learner)
-            report.changed[place] = "contexts of all images are encoded together"
+    for prefix, part in _models(model):
+        for name, module in list(part.named_modules()):
+            if _looks_like_text_encoder(module):
+                _accelerate_encoder(part, prefix, name, verify, report)
     if not report.changed and not report.left:
         report.left[""] = (
             "there is no text encoder in it: a module with "
@@ -177,42 +71,96 @@ def accelerate(model: nn.Module, *, verify: bool = True) -> Report:
     return report
 
 
-def restore(model: nn.Module) -> list[str]:
-    """Undo ``accelerate``; the names of the modules that are their own again."""
-    names = [name for name, module in model.named_modules() if is_swapped(module)]
-    for module in list(model.modules()):
-        if is_swapped(module):
-            unswap(module)
+def restore(model: Any) -> list[str]:
+    """Undo ``accelerate``; the names of the modules that are their own again. Raises as it does."""
+    names = []
+    for prefix, part in _models(model):
+        for name, module in list(part.named_modules()):
+            if is_swapped(module):
+                unswap(module)
+                names.append(prefix + name)
     return names
+
+
+def _models(model: Any) -> list[tuple[str, nn.Module]]:
+    """The modules in question, each with what goes before the names in it."""
+    if isinstance(model, nn.Module):
+        return [("", model)]
+    found = [(f"{name}.", getattr(model, name, None)) for name in _OF_TRAINERS]
+    found = [(name, part) for name, part in found if isinstance(part, nn.Module)]
+    if not found:
+        raise TypeError(
+            "model: expected an nn.Module that holds prompt_learner and text_encoder, or a "
+            f"trainer with one as {', '.join(_OF_TRAINERS)}; got {type(model).__name__}"
+        )
+    return found
+
+
+def _accelerate_encoder(
+    model: nn.Module, prefix: str, name: str, verify: bool, report: Report
+) -> None:
+    module = model.get_submodule(name)
+    holders = list(_holders(model, module))
+    learners = [h.prompt_learner for _, h in holders if _is_module(h, "prompt_learner")]
+    if is_swapped(module):
+        report.left[prefix + name] = "it is accelerated already"
+    elif why := _why_not(module, [holder for _, holder in holders]):
+        report.left[prefix + name] = why
+        return
+    else:
+        learner = learners[0] if learners else None
+        reading = Reading(share=verify or _has_one_context(learners))
+        said: list[str] = []
+        guard = Guard(name or type(module).__name__, EncoderState(learner, reading), said, verify)
+        swap(module, AcceleratedTextEncoder, guard)
+        report.changed[prefix + name] = "what all classes share is encoded once, the rest up to EOT"
+        report.checks[prefix + name] = said
+    for path, holder in holders:
+        learner = getattr(holder, "prompt_learner", None)
+        if is_swapped(learner) or not may_hand_over(learner):
+            continue
+        swap(learner, AcceleratedLearner, LearnerState())
+        place = f"{prefix}{path}.prompt_learner" if path else f"{prefix}prompt_learner"
+        report.changed[place] = (
+            "contexts of all images are encoded together"
+            if is_conditional(learner)
+            else "prompts are not built where their parts will do"
+        )
+
+
+def _holders(model: nn.Module, part: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if any(child is part for child in module._modules.values()):
+            yield name, module
+
+
+def _is_module(holder: nn.Module, name: str) -> bool:
+    return isinstance(getattr(holder, name, None), nn.Module)
+
+
+def _has_one_context(learners: list[nn.Module]) -> bool:
+    contexts = [getattr(learner, "ctx", None) for learner in learners]
+    return bool(contexts) and all(isinstance(c, Tensor) and c.ndim == 2 for c in contexts)
 
 
 def _looks_like_text_encoder(module: nn.Module) -> bool:
     return all(hasattr(module, part) for part in _PARTS) and not hasattr(module, "token_embedding")
 
 
-def _why_not(module: nn.Module) -> str | None:
-    parameters = list(inspect.signature(type(module).forward).parameters)[1:]
+def _why_not(module: nn.Module, holders: list[nn.Module]) -> str | None:
+    if is_replica(module):
+        return "it is a replica of nn.DataParallel, which lives for one call"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is a ScriptModule"
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the object"
+    if hasattr(module, "clip_model"):
+        return "it hands texts to a CLIP of its own"
+    parameters = parameter_names(module)
     if len(parameters) < 2:
         return f"its forward takes {', '.join(parameters) or 'nothing'}, not prompts and tokens"
     if not getattr(module.transformer, "resblocks", None):
         return "its transformer has no resblocks"
-    if hasattr(module, "clip_model"):
-        return "it hands texts to a CLIP of its own"
+    if any(hasattr(getattr(h, "embeddings", None), "fixed_embeddings") for h in holders):
+        return "it is never asked: the class features are constants there already"
     return None
-
-
-def _learner_beside(model: nn.Module, name: str) -> nn.Module | None:
-    parent = model.get_submodule(name.rpartition(".")[0])
-    return getattr(parent, "prompt_learner", None)
-
-
-def _is_conditional(learner: nn.Module | None) -> bool:
-    parts = ("ctx", "meta_net", "token_prefix", "token_suffix")
-    if learner is None or not all(hasattr(learner, part) for part in parts):
-        return False
-    # KgCoOp has a meta_net that it never asks.
-    return "im_features" in inspect.signature(type(learner).forward).parameters
-
-
-def _plain(prompts: Any) -> Any:
-    return prompts.tensor() if isinstance(prompts, (BatchPrompts, ImagePrompts)) else prompts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,10 +16,10 @@ class Packing:
     """Which positions of prompts [C, L, d] stand in which of M rows: ``shared`` of the first class,
     once an image, then of every class those after them up to EOT.
 
-    prefix: int64 [shared], of one image; runs: int64 [M_r], those of the classes, as indices into
-    C * L. positions: int64 [M]. eot_rows: int64, one a class and image. n_ctx: context vectors in
-    the prefix, at 1..n_ctx, or 0 where they stand elsewhere or are not known. context_rows,
-    state_rows: int64 [images * n_ctx], those vectors, and the rows before them, which predict them.
+    runs: int64 [M_r], the classes' own rows, as indices into C * L. positions: int64 [M]. eot_rows:
+    int64, one a class and image. n_ctx: context vectors in the prefix, at 1..n_ctx, or 0 where they
+    stand elsewhere or are not known. context_rows, state_rows: int64 [images * n_ctx], those
+    vectors, and the rows before them, which predict them.
     """
 
     images: int
@@ -32,6 +32,8 @@ class Packing:
     eot_rows: Tensor
     context_rows: Tensor
     state_rows: Tensor
+    _places: Tensor
+    _deep: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -45,7 +47,7 @@ class Packing:
         device: torch.device,
     ) -> Packing:
         """ends: the position of EOT of each class. length: L. shared: how many positions hold the
-        same in all classes, at most those before the first EOT."""
+        same in all classes, at most those before the first EOT; 0 is for a single image."""
         ends = torch.as_tensor(ends, dtype=torch.int64)
         place = torch.arange(length)
         in_run = (place >= shared) & (place <= ends[:, None])
@@ -68,10 +70,22 @@ class Packing:
             classes=len(ends),
             shared=shared,
             n_ctx=n_ctx,
-            packed=PackedRuns.of([shared] * images, sizes.repeat(images), device),
+            packed=PackedRuns.of([shared] * images if shared else [], sizes.repeat(images), device),
             runs=on_device(indices),
             positions=on_device(positions),
             eot_rows=on_device(eot_rows),
             context_rows=on_device(before + 1),
             state_rows=on_device(before),
+            _places=positions,
         )
+
+    def deep_rows(self, n: int) -> tuple[Tensor, Tensor]:
+        """The rows at positions 1..n, and which of n vectors stands in each."""
+        if n not in self._deep:
+            rows = ((self._places >= 1) & (self._places <= n)).nonzero().flatten()
+            device = self.positions.device
+            self._deep[n] = (
+                rows.to(device, non_blocking=True),
+                (self._places[rows] - 1).to(device, non_blocking=True),
+            )
+        return self._deep[n]

@@ -6,6 +6,7 @@ the class and must see their own weights. Copies and pickles are accelerated as 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -21,10 +22,9 @@ class Swapped:
 
     def __reduce_ex__(self, protocol: int) -> Any:
         mixin = type(self).__bases__[0]
-        return _blank, (mixin, self.original_class), self.__getstate__()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return dict(self.__dict__)
+        get_state = getattr(super(), "__getstate__", None)
+        state = dict(self.__dict__) if get_state is None else get_state()
+        return _blank, (mixin, self.original_class), state
 
 
 def swap(module: nn.Module, mixin: type[Swapped], state: Any) -> None:
@@ -39,8 +39,22 @@ def unswap(module: nn.Module) -> None:
     module.__dict__.pop(STATE, None)
 
 
-def is_swapped(module: nn.Module) -> bool:
+def is_swapped(module: Any) -> bool:
     return isinstance(module, Swapped)
+
+
+def is_replica(module: nn.Module) -> bool:
+    """Whether nn.DataParallel made it for one forward: its weights are plain attributes."""
+    return getattr(module, "_is_replica", False)
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    return type(module).original_class if is_swapped(module) else type(module)
+
+
+def original_forward(module: nn.Module, *arguments: Any, **keywords: Any) -> Any:
+    """What the codebase's own class computes."""
+    return original_class(module).forward(module, *arguments, **keywords)
 
 
 @cache
@@ -53,6 +67,12 @@ def swapped_class(mixin: type[Swapped], original: type[nn.Module]) -> type[nn.Mo
         "__doc__": original.__doc__,
     }
     return type(original.__name__, (mixin, original), attributes)
+
+
+def parameter_names(module: nn.Module) -> Sequence[str]:
+    """Of the arguments that the codebase's own forward takes, but for ``self``."""
+    code = original_class(module).forward.__code__
+    return code.co_varnames[1 : code.co_argcount]
 
 
 def _blank(mixin: type[Swapped], original: type[nn.Module]) -> nn.Module:

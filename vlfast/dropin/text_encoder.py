@@ -3,8 +3,9 @@ rest of each class up to EOT."""
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,12 +14,15 @@ from torch import Tensor, nn
 
 from vlfast.clip.block import finish_block, interference, project_qkv, why_block_whole
 from vlfast.clip.feature_cache import FeatureCache
-from vlfast.dropin.conditional import BatchPrompts, ImagePrompts
+from vlfast.dropin.assembled import ImagePrompts, LearnedPrompts, Parts
+from vlfast.dropin.causal_mask import MaskReader
 from vlfast.dropin.deep_prompts import deep_prompts
 from vlfast.dropin.packed_prompts import Packing
+from vlfast.dropin.stand_in import StandIn, as_tensors
+from vlfast.dropin.swap import is_replica
 from vlfast.ops import prefix_attention
 
-_KEPT_PACKINGS = 8
+_KEPT_PACKINGS = 16
 
 
 class ContextStates(NamedTuple):
@@ -29,169 +33,260 @@ class ContextStates(NamedTuple):
     states: Tensor
 
 
+class Reading(NamedTuple):
+    """How a codebase's forward is read.
+
+    share: whether classes may share more than what no gradient tells apart. half_deep: whether deep
+    prompts go through fp16, as [MaPLe] clip/model.py has them.
+    """
+
+    share: bool = True
+    half_deep: bool = True
+
+
+class Ends(NamedTuple):
+    """Where EOT is in each class: int64 [C] on the CPU, and as what a dictionary can hold."""
+
+    positions: Tensor
+    key: bytes
+    first: int
+
+
 @dataclass
 class EncoderState:
     """What an accelerated text encoder knows beside its weights.
 
-    learner: the module that assembles its prompts, or None where none was found. unchecked: what is
-    still to be compared with the original, "features" and "gradients". share: whether classes may
-    share more than SOS. half_deep: whether deep prompts go through fp16, as [MaPLe] clip/model.py
-    has them. last: by device, for the perplexity.
+    learner: the module that assembles its prompts, or None where none was found. last: by device,
+    for the perplexity.
     """
 
     learner: nn.Module | None
-    unchecked: set[str]
-    share: bool = True
-    half_deep: bool = True
+    reading: Reading = field(default_factory=Reading)
     last: dict[torch.device, ContextStates] = field(default_factory=dict)
     cache: FeatureCache = field(default_factory=FeatureCache)
+    masks: MaskReader = field(default_factory=MaskReader)
     packings: OrderedDict[tuple[Any, ...], Packing] = field(default_factory=OrderedDict)
+    read_tokens: tuple[weakref.ref[Tensor], int, Ends] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("last", "cache", "packings")}
+        return {"learner": self.learner, "reading": self.reading}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, last={}, cache=FeatureCache(), packings=OrderedDict())
+        self.__init__(**state)
 
-    @property
-    def context_length(self) -> int:
-        """How many context vectors all classes of an image share; 0 where they do not."""
-        context = getattr(self.learner, "ctx", None)
-        if not self.share or not isinstance(context, Tensor) or context.ndim != 2:
-            return 0
-        return len(context)
+    def ends(self, tokenized: Tensor) -> Ends:
+        """Of tokens [C, L]; EOT has the largest number."""
+        version = None if tokenized.is_inference() else tokenized._version
+        found = self.read_tokens
+        if found is not None and found[0]() is tokenized and found[1] == version is not None:
+            return found[2]
+        positions = tokenized.argmax(dim=-1).cpu()
+        ends = Ends(positions, positions.numpy().tobytes(), int(positions.min()))
+        self.read_tokens = (weakref.ref(tokenized), version, ends)
+        return ends
 
-    def packing(self, prompts: Tensor, ends: Tensor, images: int) -> Packing:
-        """For prompts [C, L, d] of one image, the same for all; ends: where EOT is, int64 [C]."""
-        ends = ends.cpu()
-        n = self.context_length
-        key = (ends.numpy().tobytes(), prompts.shape[1], images, n, str(prompts.device))
-        found = self.packings.get(key)
-        # Values are compared at every call on a CPU; a GPU would have to be waited for.
-        if found is not None and (prompts.is_cuda or _shares(prompts, found.shared)):
-            return found
-        shared = _common(prompts, int(ends.min())) if n else 1
-        found = Packing.of(
-            ends, prompts.shape[1], shared=shared, n_ctx=n, images=images, device=prompts.device
-        )
+    def packing(
+        self, ends: Ends, length: int, *, shared: int, n_ctx: int, images: int, device: torch.device
+    ) -> Packing:
+        """The same for the same places; few are kept, since selections of classes may be new at
+        every step."""
+        key = (ends.key, length, shared, n_ctx, images, device)
+        found = self.packings.pop(key, None)
+        if found is None:
+            found = Packing.of(
+                ends.positions, length, shared=shared, n_ctx=n_ctx, images=images, device=device
+            )
         self.packings[key] = found
         while len(self.packings) > _KEPT_PACKINGS:
-            self.packings.popitem(last=False)
+            try:
+                self.packings.popitem(last=False)
+            except KeyError:
+                # Another replica's thread was first.
+                break
         return found
 
+    def packing_of(self, prompts: Tensor, ends: Ends, reading: Reading, kind: Hashable) -> Packing:
+        """For prompts [C, L, d] of which only the values are known."""
+        context = self.n_ctx
+        how = {"images": 1, "device": prompts.device}
+        key = (kind, ends.key, prompts.shape[1], reading.share, context, prompts.device)
+        known = self.packings.get(key)
+        # Values are compared at every call on a CPU; a GPU would have to be waited for, in training
+        # for nothing: there the gradients have shown what is shared.
+        trusted = prompts.is_cuda and prompts.requires_grad and torch.is_grad_enabled()
+        if known is not None and (trusted or _shares(prompts, known.shared)):
+            return known
+        shared = _common(prompts, ends.first if reading.share else min(1, ends.first))
+        n_ctx = context if context < shared and self._starts_with_context(prompts) else 0
+        found = self.packing(ends, prompts.shape[1], shared=shared, n_ctx=n_ctx, **how)
+        self.packings[key] = found
+        return found
 
-def why_original(encoder: nn.Module, prompts: Any, tokenized: Any) -> str | None:
+    @property
+    def n_ctx(self) -> int:
+        """How many context vectors the learner has that all classes share; 0 where they do not."""
+        context = getattr(self.learner, "ctx", None)
+        return len(context) if isinstance(context, Tensor) and context.ndim == 2 else 0
+
+    @torch.no_grad()
+    def _starts_with_context(self, prompts: Tensor) -> bool:
+        context = self.learner.ctx.to(prompts)
+        found = prompts[0, 1 : 1 + len(context)]
+        return found.shape == context.shape and torch.equal(found, context)
+
+
+def why_original(
+    encoder: nn.Module, state: EncoderState, prompts: Any, tokenized: Any, rest: Sequence[Any]
+) -> str | None:
     """Why this call has to take the codebase's own way, or None. Asked at each call, since hooks
     come and go."""
-    if not isinstance(prompts, (Tensor, ImagePrompts)) or len(prompts.shape) != 3:
+    if not isinstance(prompts, (Tensor, StandIn)) or len(prompts.shape) != 3:
         return "its prompts are no tensor [classes, tokens, width]"
     if not isinstance(tokenized, Tensor) or tuple(tokenized.shape) != tuple(prompts.shape[:2]):
         return "its tokens are no tensor [classes, tokens]"
-    for module, name in ((encoder.transformer, "transformer"),):
-        if found := interference(module):
+    if 0 in tokenized.shape:
+        return "it is called without classes"
+    blocks = encoder.transformer.resblocks
+    if rest and not _are_deep_prompts(blocks, rest):
+        return "it is called with more than prompts, tokens and deep prompts"
+    places = encoder.positional_embedding
+    if not isinstance(places, Tensor) or places.ndim != 2 or len(places) != prompts.shape[1]:
+        return "its positional_embedding does not fit its tokens"
+    for module in encoder.modules():
+        if module is not encoder and (found := interference(module)):
+            name = next(name for name, m in encoder.named_modules() if m is module)
             return f"{name} {found}"
-    for layer, block in enumerate(encoder.transformer.resblocks):
+    for layer, block in enumerate(blocks):
         if found := why_block_whole(block):
             return f"transformer.resblocks[{layer}]{found}"
-    return None
+    return state.masks.why_not_causal(encoder, prompts.shape[1])
+
+
+def _are_deep_prompts(blocks: Sequence[nn.Module], rest: Sequence[Any]) -> bool:
+    if len(rest) != 1 or not all(hasattr(block, "compound_prompt_nctx") for block in blocks):
+        return False
+    listed = rest[0]
+    return isinstance(listed, (list, tuple, nn.ParameterList)) and all(
+        isinstance(vectors, Tensor) and vectors.ndim == 2 for vectors in listed
+    )
 
 
 def encode(
-    encoder: nn.Module, state: EncoderState, prompts: Any, tokenized: Tensor, rest: Sequence[Any]
-) -> Tensor | None:
-    """Features [C, D], not normalised, or None where deep prompts have no place of their own."""
-    ends = tokenized.argmax(dim=-1)
-    if isinstance(prompts, ImagePrompts):
-        batch = prompts.batch
-        features = batch.once(
-            (id(encoder), ends.cpu().numpy().tobytes()),
-            lambda: _encode_batch(encoder, state, batch, ends, rest),
-        )
-        return None if features is None else features[prompts.image]
-    packing = state.packing(prompts, ends, 1)
-    flat = prompts.flatten(0, 1)
-    return _run(encoder, state, packing, flat[: packing.shared], flat[packing.runs], rest)
-
-
-def _encode_batch(
     encoder: nn.Module,
     state: EncoderState,
-    batch: BatchPrompts,
-    ends: Tensor,
+    prompts: Any,
+    tokenized: Tensor,
     rest: Sequence[Any],
+    reading: Reading,
+    kind: Hashable = None,
 ) -> Tensor:
-    """[B, C, D], or None."""
-    first = batch.of_image(0)
-    packing = state.packing(first, ends, len(batch))
-    n = batch.context.shape[1]
-    behind = first[0, 1 + n : packing.shared].expand(len(batch), -1, -1)
-    start = batch.prefix[:1].expand(len(batch), -1, -1)
-    prefix = torch.cat([start, batch.context, behind], dim=1)
-    runs = first.flatten(0, 1)[packing.runs]
-    features = _run(encoder, state, packing, prefix.flatten(0, 1), runs, rest)
-    return None if features is None else features.unflatten(0, (len(batch), -1))
+    """Features [C, D], not normalised. kind: whose prompts these are, where a GPU can't be asked for
+    their values."""
+    ends = state.ends(tokenized)
+    device, length = prompts.device, prompts.shape[1]
+
+    def encode_parts(parts: Parts, shared: int) -> Tensor:
+        packing = state.packing(
+            ends, length, shared=shared, n_ctx=parts.n_ctx, images=parts.images, device=device
+        )
+        features = _run(encoder, state, packing, parts.rows(packing), rest, reading)
+        return features.unflatten(0, (parts.images, -1))
+
+    if isinstance(prompts, ImagePrompts) and not rest and reading.share:
+        batch = prompts.batch
+        if shared := batch.parts.shared(ends.first):
+            step = len(batch)
+            if not torch.is_grad_enabled():
+                # No more rows at a time than the codebase's own way has for one image.
+                rows = shared + int((ends.positions + 1 - shared).sum())
+                step = max(1, prompts.shape[0] * length // rows)
+            key = (encoder, ends.key, *_mode(device))
+            return batch.features(
+                prompts.image, step, key, lambda parts: encode_parts(parts, shared)
+            )
+    if isinstance(prompts, LearnedPrompts) and reading.share:
+        if shared := prompts.parts.shared(ends.first):
+            return encode_parts(prompts.parts, shared)[0]
+    prompts = as_tensors(prompts)
+    packing = state.packing_of(prompts, ends, reading, kind)
+    flat = prompts.flatten(0, 1)
+    rows = torch.cat([flat[: packing.shared], flat.index_select(0, packing.runs)])
+    return _run(encoder, state, packing, rows, rest, reading)
 
 
 def _run(
     encoder: nn.Module,
     state: EncoderState,
     packing: Packing,
-    prefix: Tensor,
-    runs: Tensor,
+    rows: Tensor,
     rest: Sequence[Any],
-) -> Tensor | None:
-    blocks = encoder.transformer.resblocks
-    deep = deep_prompts(blocks, rest, state.half_deep)
-    if any(v is not None and len(v) != packing.n_ctx for v in deep):
-        return None
-    rows = torch.cat([prefix, runs.repeat(packing.images, 1)])
-    learned = [rows, *(v for v in deep if v is not None), *encoder.parameters()]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in learned):
+    reading: Reading,
+) -> Tensor:
+    deep = deep_prompts(encoder.transformer.resblocks, rest, reading.half_deep)
+    given = [rows, *(v for v in deep if v is not None)]
+    # Replicas live for one call, and autograd reaches through them to the parameters.
+    learns = is_replica(encoder) or any(
+        t.requires_grad for tensors in (given, encoder.parameters()) for t in tensors
+    )
+    if learns and torch.is_grad_enabled():
         features, states = _through(encoder, packing, rows, deep)
         if states is not None:
             vectors = rows[packing.context_rows]
             state.last[rows.device] = ContextStates(vectors, states)
         return features
-    return state.cache.get(
+    if is_replica(encoder):
+        return _through(encoder, packing, rows, deep)[0]
+    features = state.cache.get(
         encoder.modules(),
         lambda: _through(encoder, packing, rows, deep)[0],
-        [rows, packing.eot_rows, *(v for v in deep if v is not None)],
+        [packing.positions, packing.eot_rows, *given],
     )
+    # A caller may write to what it gets, and keep it.
+    return features.clone()
 
 
 def _through(
     encoder: nn.Module, packing: Packing, rows: Tensor, deep: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor | None]:
     """Features of the packed rows, and the states that predict the context where it is shared."""
-    dtype = getattr(encoder, "dtype", rows.dtype)
+    dtype = getattr(encoder, "dtype", None)
     blocks = encoder.transformer.resblocks
     places = encoder.positional_embedding.index_select(0, packing.positions)
-    x = rows + places.type(dtype)
+    x = rows + (places if dtype is None else places.type(dtype))
     for layer, block in enumerate(blocks):
         if deep[layer] is not None:
-            vectors = deep[layer].to(x.dtype).repeat(packing.images, 1)
-            x = x.index_copy(0, packing.context_rows, vectors)
+            where, which = packing.deep_rows(len(deep[layer]))
+            x = x.index_copy(0, where, deep[layer].to(x.dtype).index_select(0, which))
         attended = prefix_attention(project_qkv(block.attn, block.ln_1(x)), packing.packed)
         if layer < len(blocks) - 1:
             x = finish_block(block, x, attended)
 
     def last_block(where: Tensor) -> Tensor:
-        out = finish_block(blocks[-1], x[where], attended[where])
-        return encoder.ln_final(out).type(dtype)
+        out = encoder.ln_final(finish_block(blocks[-1], x[where], attended[where]))
+        return out if dtype is None else out.type(dtype)
 
     features, projection = last_block(packing.eot_rows), encoder.text_projection
-    features = projection(features) if isinstance(projection, nn.Module) else features @ projection
+    if isinstance(projection, nn.Module):
+        features = projection(features)
+    elif projection is not None:
+        features = features @ projection
     states = last_block(packing.state_rows) if packing.n_ctx else None
     return features, states
 
 
+def _mode(device: torch.device) -> tuple[Any, ...]:
+    """What else decides a result: autograd and autocast."""
+    autocast = torch.is_autocast_enabled(device.type)
+    return torch.is_grad_enabled(), autocast and torch.get_autocast_dtype(device.type)
+
+
+@torch.no_grad()
 def _common(prompts: Tensor, most: int) -> int:
-    """How many positions, at most ``most``, hold the same in all classes; SOS always counts."""
-    with torch.no_grad():
-        same = (prompts[:, :most] == prompts[:1, :most]).all(-1).all(0)
-        return max(1, int(same.long().cumprod(0).sum()))
+    """How many positions, at most ``most``, hold the same in all classes."""
+    same = (prompts[:, :most] == prompts[:1, :most]).all(-1).all(0)
+    return int(same.long().cumprod(0).sum())
 
 
+@torch.no_grad()
 def _shares(prompts: Tensor, count: int) -> bool:
-    with torch.no_grad():
-        return bool((prompts[:, :count] == prompts[:1, :count]).all())
+    return bool((prompts[:, :count] == prompts[:1, :count]).all())

@@ -1,0 +1,203 @@
+"""Runs a text encoder the fast way where that gives the same, else the codebase's own."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlfast.dropin.assembled import ImagePrompts, LearnedPrompts
+from vlfast.dropin.deep_prompts import deep_prompts
+from vlfast.dropin.stand_in import as_tensors
+from vlfast.dropin.swap import (
+    STATE,
+    Swapped,
+    is_replica,
+    is_swapped,
+    original_class,
+    original_forward,
+    parameter_names,
+    unswap,
+)
+from vlfast.dropin.text_encoder import EncoderState, Reading, encode, why_original
+from vlfast.dropin.verify import difference, few_classes, in_fp32, leaves_of
+
+_KEPT = 16
+
+
+class AcceleratedTextEncoder(Swapped):
+    """In front of a codebase's TextEncoder."""
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Tensor:
+        guard: Guard = self.__dict__[STATE]
+        for name in parameter_names(self)[len(arguments) :]:
+            if name not in keywords:
+                break
+            arguments = (*arguments, keywords.pop(name))
+        if keywords or len(arguments) < 2:
+            guard.say("took the codebase's own way, since it is called with other arguments")
+            return original_forward(self, *as_tensors(arguments), **as_tensors(keywords))
+        return guard.run(self, *arguments[:2], arguments[2:])
+
+
+@dataclass
+class Guard:
+    """What stands between a text encoder and its calls.
+
+    verify: whether to compare with the original. said: what a user should know of its checks, in
+    order. off: why the codebase's own way is taken from now on.
+    """
+
+    name: str
+    encoder: EncoderState
+    said: list[str]
+    verify: bool = True
+    off: str | None = None
+    checked: dict[Any, tuple[weakref.ref[Tensor], ...]] = field(default_factory=dict)
+    lock: Any = field(default_factory=threading.RLock)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("checked", "lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, checked={}, lock=threading.RLock())
+
+    def run(
+        self, module: nn.Module, prompts: Any, tokenized: Tensor, rest: Sequence[Any]
+    ) -> Tensor:
+        if self.off is None:
+            if why := why_original(module, self.encoder, prompts, tokenized, rest):
+                self.say(f"took the codebase's own way, since {why}")
+                return original_forward(module, as_tensors(prompts), tokenized, *rest)
+            leaves = leaves_of(_given(module, prompts, rest)) if torch.is_grad_enabled() else []
+            kind = _kind(prompts, leaves)
+            if not self.verify or self._is_checked(kind, leaves):
+                return encode(module, self.encoder, prompts, tokenized, rest, self.reading, kind)
+            # Replicas of nn.DataParallel come in threads at once; the first one checks for all.
+            with self.lock:
+                if self.off is None and not self._is_checked(kind, leaves):
+                    self.check(module, prompts, tokenized, rest, kind, leaves)
+            return self.run(module, prompts, tokenized, rest)
+        if is_swapped(module) and not is_replica(module):
+            unswap(module)
+        return original_forward(module, as_tensors(prompts), tokenized, *rest)
+
+    @property
+    def reading(self) -> Reading:
+        return self.encoder.reading
+
+    def check(
+        self,
+        module: nn.Module,
+        prompts: Any,
+        tokenized: Tensor,
+        rest: Sequence[Any],
+        kind: Any,
+        leaves: Sequence[Tensor],
+    ) -> None:
+        """Compare both ways on a few classes; where they differ, try the other readings of the
+        codebase, and give up with a warning if none agrees."""
+        index = few_classes(tokenized)
+        few = _select(prompts, index)
+        tokenized = tokenized[index.to(tokenized.device)]
+        device = few.device
+        autocast = torch.is_autocast_enabled(device.type)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            theirs = original_forward(module, as_tensors(few), tokenized, *rest)
+
+            def exact() -> Tensor:
+                with torch.autocast(device.type, enabled=False):
+                    twin = in_fp32(module, original_class(module))
+                    return type(twin).forward(twin, as_tensors(few).float(), tokenized, *rest)
+
+            now, found = self.reading, None
+            shares = (True, False) if now.share else (False,)
+            halves = (now.half_deep, not now.half_deep) if _is_deep(module, rest) else (True,)
+            for share, half in product(shares, halves):
+                reading = Reading(share, half)
+                said = difference(
+                    lambda reading=reading: encode(
+                        module, self.encoder, _select(few), tokenized, rest, reading, "check"
+                    ),
+                    theirs,
+                    exact,
+                    autocast,
+                )
+                if said is None:
+                    break
+                found = found or said
+        if said is not None:
+            self._give_up(module, found)
+            return
+        if reading != now:
+            # What was found right under another reading has to be looked at again.
+            self.checked.clear()
+            self.encoder.cache.clear()
+            self.encoder.reading = reading
+        if len(self.checked) >= _KEPT:
+            self.checked.clear()
+        self.checked[kind] = tuple(map(weakref.ref, leaves))
+        what = "features and gradients" if leaves else "features"
+        how = "" if reading.share else "; classes share no context, which has gradients of its own"
+        self.say(f"checked, {what} are the same{how}")
+
+    def _give_up(self, module: nn.Module, why: str) -> None:
+        self.off = why
+        self.encoder.last.clear()
+        self.encoder.cache.clear()
+        if not is_replica(module):
+            unswap(module)
+        if is_swapped(self.encoder.learner):
+            unswap(self.encoder.learner)
+        self.say(f"restored, since {why}")
+        warnings.warn(f"vlfast: {self.name} was restored, since {why}", stacklevel=2)
+
+    def _is_checked(self, kind: Any, leaves: Sequence[Tensor]) -> bool:
+        found = self.checked.get(kind)
+        # An address may have passed to another tensor.
+        return found is not None and {id(ref()) for ref in found} == {id(leaf) for leaf in leaves}
+
+    def say(self, what: str) -> None:
+        if what not in self.said:
+            self.said.append(what)
+
+
+def _given(module: nn.Module, prompts: Any, rest: Sequence[Any]) -> list[Any]:
+    """The tensors that an encoder is called with."""
+    if isinstance(prompts, LearnedPrompts):
+        given = [prompts.parts.context, prompts.parts.prefix, prompts.parts.suffix]
+    elif isinstance(prompts, ImagePrompts):
+        # One image's stand for all.
+        given = [prompts.batch.parts.context]
+    else:
+        given = [as_tensors(prompts)]
+    return [*given, *deep_prompts(module.transformer.resblocks, rest, False)]
+
+
+def _kind(prompts: Any, leaves: Sequence[Tensor]) -> Any:
+    """What a check holds for: the way of the prompts, what learns from them, and the precision."""
+    device = prompts.device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    who = frozenset(map(id, leaves))
+    return type(prompts), who, torch.is_grad_enabled(), prompts.dtype, device, autocast
+
+
+def _is_deep(module: nn.Module, rest: Sequence[Any]) -> bool:
+    return any(v is not None for v in deep_prompts(module.transformer.resblocks, rest, False))
+
+
+def _select(prompts: Any, index: Tensor | None = None) -> Any:
+    """Of these classes, or the same without what it remembers of earlier calls."""
+    if index is None:
+        index = torch.arange(len(prompts))
+    if isinstance(prompts, (LearnedPrompts, ImagePrompts)):
+        return prompts.select(index)
+    prompts = as_tensors(prompts)
+    return prompts[index.to(prompts.device)]
