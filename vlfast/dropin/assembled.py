@@ -17,7 +17,7 @@ from vlfast.dropin.stand_in import StandIn
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """Prompts [B, K, L, d] of B contexts and K of C classes: SOS, context, then the rest of a class.
+    """Prompts [B, K, L, d] of B contexts and K of C classes: SOS, context, the rest of a class.
 
     context: [B, n, d], or [C, n, d] where each class has its own and B is 1. prefix: [C, 1, d].
     suffix: [C, L - 1 - n, d]. index: int64 [K], or None for all classes. common: how many positions
@@ -100,12 +100,9 @@ class LearnedPrompts(StandIn):
         self.shape = parts.shape
         self.dtype = parts.dtype
         self.device = parts.prefix.device
-        self._tensor: Tensor | None = None
 
-    def tensor(self) -> Tensor:
-        if self._tensor is None:
-            self._tensor = self.parts.prompts()
-        return self._tensor
+    def build(self) -> Tensor:
+        return self.parts.prompts()
 
     def __getitem__(self, key: Any) -> Any:
         index = class_numbers(key, len(self))
@@ -126,12 +123,9 @@ class BatchPrompts(StandIn):
         self.dtype = parts.dtype
         self.device = parts.prefix.device
         self._features: dict[Any, tuple[Tensor, ...]] = {}
-        self._tensor: Tensor | None = None
 
-    def tensor(self) -> Tensor:
-        if self._tensor is None:
-            self._tensor = torch.stack([self.parts.prompts(i) for i in range(len(self))])
-        return self._tensor
+    def build(self) -> Tensor:
+        return torch.stack([self.parts.prompts(i) for i in range(len(self))])
 
     def __iter__(self) -> Iterator[ImagePrompts]:
         return (ImagePrompts(self, image) for image in range(len(self)))
@@ -161,7 +155,7 @@ class ImagePrompts(StandIn):
         self.dtype = batch.dtype
         self.device = batch.device
 
-    def tensor(self) -> Tensor:
+    def build(self) -> Tensor:
         return self.batch.parts.prompts(self.image)
 
     def select(self, index: Tensor) -> ImagePrompts:

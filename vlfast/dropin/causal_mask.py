@@ -1,4 +1,4 @@
-"""Whether the attention masks of a text encoder are causal: only then may classes share a prefix."""
+"""Whether attention masks are causal: only then may classes share a prefix."""
 
 from __future__ import annotations
 

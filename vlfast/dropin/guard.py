@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 import warnings
-import weakref
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdRef
 
 from vlfast.dropin.assembled import ImagePrompts, LearnedPrompts
 from vlfast.dropin.deep_prompts import deep_prompts
@@ -43,8 +43,16 @@ class AcceleratedTextEncoder(Swapped):
             arguments = (*arguments, keywords.pop(name))
         if keywords or len(arguments) < 2:
             guard.say("took the codebase's own way, since it is called with other arguments")
+            guard.encoder.last.clear()
             return original_forward(self, *as_tensors(arguments), **as_tensors(keywords))
         return guard.run(self, *arguments[:2], arguments[2:])
+
+
+class Kind(NamedTuple):
+    """What a check holds for: prompts of a form and precision, and the leaves that learn there."""
+
+    form: Hashable
+    leaves: frozenset[WeakIdRef]
 
 
 @dataclass
@@ -60,14 +68,14 @@ class Guard:
     said: list[str]
     verify: bool = True
     off: str | None = None
-    checked: dict[Any, tuple[weakref.ref[Tensor], ...]] = field(default_factory=dict)
+    checked: set[Kind] = field(default_factory=set)
     lock: Any = field(default_factory=threading.RLock)
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("checked", "lock")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, checked={}, lock=threading.RLock())
+        self.__dict__.update(state, checked=set(), lock=threading.RLock())
 
     def run(
         self, module: nn.Module, prompts: Any, tokenized: Tensor, rest: Sequence[Any]
@@ -75,15 +83,16 @@ class Guard:
         if self.off is None:
             if why := why_original(module, self.encoder, prompts, tokenized, rest):
                 self.say(f"took the codebase's own way, since {why}")
+                self.encoder.last.clear()
                 return original_forward(module, as_tensors(prompts), tokenized, *rest)
             leaves = leaves_of(_given(module, prompts, rest)) if torch.is_grad_enabled() else []
-            kind = _kind(prompts, leaves)
-            if not self.verify or self._is_checked(kind, leaves):
+            kind = Kind(_form(prompts), frozenset(map(WeakIdRef, leaves)))
+            if not self.verify or self._is_checked(kind):
                 return encode(module, self.encoder, prompts, tokenized, rest, self.reading, kind)
             # Replicas of nn.DataParallel come in threads at once; the first one checks for all.
             with self.lock:
-                if self.off is None and not self._is_checked(kind, leaves):
-                    self.check(module, prompts, tokenized, rest, kind, leaves)
+                if self.off is None and not self._is_checked(kind):
+                    self.check(module, prompts, tokenized, rest, kind)
             return self.run(module, prompts, tokenized, rest)
         if is_swapped(module) and not is_replica(module):
             unswap(module)
@@ -99,8 +108,7 @@ class Guard:
         prompts: Any,
         tokenized: Tensor,
         rest: Sequence[Any],
-        kind: Any,
-        leaves: Sequence[Tensor],
+        kind: Kind,
     ) -> None:
         """Compare both ways on a few classes; where they differ, try the other readings of the
         codebase, and give up with a warning if none agrees."""
@@ -143,8 +151,8 @@ class Guard:
             self.encoder.reading = reading
         if len(self.checked) >= _KEPT:
             self.checked.clear()
-        self.checked[kind] = tuple(map(weakref.ref, leaves))
-        what = "features and gradients" if leaves else "features"
+        self.checked.add(kind)
+        what = "features and gradients" if theirs.requires_grad else "features"
         how = "" if reading.share else "; classes share no context, which has gradients of its own"
         self.say(f"checked, {what} are the same{how}")
 
@@ -159,10 +167,11 @@ class Guard:
         self.say(f"restored, since {why}")
         warnings.warn(f"vlfast: {self.name} was restored, since {why}", stacklevel=2)
 
-    def _is_checked(self, kind: Any, leaves: Sequence[Tensor]) -> bool:
-        found = self.checked.get(kind)
-        # An address may have passed to another tensor.
-        return found is not None and {id(ref()) for ref in found} == {id(leaf) for leaf in leaves}
+    def _is_checked(self, kind: Kind) -> bool:
+        # Whoever learns, features are the same, and without leaves nobody learns.
+        return kind in self.checked or (
+            not kind.leaves and any(kind.form == checked.form for checked in self.checked)
+        )
 
     def say(self, what: str) -> None:
         if what not in self.said:
@@ -181,12 +190,10 @@ def _given(module: nn.Module, prompts: Any, rest: Sequence[Any]) -> list[Any]:
     return [*given, *deep_prompts(module.transformer.resblocks, rest, False)]
 
 
-def _kind(prompts: Any, leaves: Sequence[Tensor]) -> Any:
-    """What a check holds for: the way of the prompts, what learns from them, and the precision."""
+def _form(prompts: Any) -> Hashable:
     device = prompts.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    who = frozenset(map(id, leaves))
-    return type(prompts), who, torch.is_grad_enabled(), prompts.dtype, device, autocast
+    return type(prompts), prompts.dtype, device, autocast
 
 
 def _is_deep(module: nn.Module, rest: Sequence[Any]) -> bool:

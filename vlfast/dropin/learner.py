@@ -33,8 +33,9 @@ class AcceleratedLearner(Swapped):
 class LearnerState:
     """Whether a learner's prompts are what they seem, SOS, context and the rest of each class.
 
-    checked: what was found for a state that the learner can be in: how its result is read ("tensor",
-    or "tuple" where more comes with the prompts), or None where it is its own affair.
+    checked: what was found for each state that it was in: how its result is read ("tensor", or
+    "tuple" where more comes with the prompts), or None where it goes its own way.
+    read: what ``common`` found last.
     """
 
     checked: dict[Any, str | None] = field(default_factory=dict)

@@ -17,21 +17,16 @@ class Packing:
     once an image, then of every class those after them up to EOT.
 
     runs: int64 [M_r], the classes' own rows, as indices into C * L. positions: int64 [M]. eot_rows:
-    int64, one a class and image. n_ctx: context vectors in the prefix, at 1..n_ctx, or 0 where they
-    stand elsewhere or are not known. context_rows, state_rows: int64 [images * n_ctx], those
-    vectors, and the rows before them, which predict them.
+    int64, one a class and image.
     """
 
     images: int
     classes: int
     shared: int
-    n_ctx: int
     packed: PackedRuns
     runs: Tensor
     positions: Tensor
     eot_rows: Tensor
-    context_rows: Tensor
-    state_rows: Tensor
     _places: Tensor
     _deep: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
@@ -42,7 +37,6 @@ class Packing:
         length: int,
         *,
         shared: int,
-        n_ctx: int,
         images: int = 1,
         device: torch.device,
     ) -> Packing:
@@ -59,9 +53,6 @@ class Packing:
         eot_rows = images * shared + (image + last).flatten()
         positions = torch.cat([place[:shared].repeat(images), grid[in_run].repeat(images)])
 
-        n_ctx = n_ctx if n_ctx < shared else 0
-        before = (torch.arange(images)[:, None] * shared + torch.arange(n_ctx)).flatten()
-
         def on_device(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)
 
@@ -69,13 +60,10 @@ class Packing:
             images=images,
             classes=len(ends),
             shared=shared,
-            n_ctx=n_ctx,
             packed=PackedRuns.of([shared] * images if shared else [], sizes.repeat(images), device),
             runs=on_device(indices),
             positions=on_device(positions),
             eot_rows=on_device(eot_rows),
-            context_rows=on_device(before + 1),
-            state_rows=on_device(before),
             _places=positions,
         )
 

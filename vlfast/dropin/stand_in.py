@@ -24,8 +24,16 @@ class StandIn:
     dtype: torch.dtype
     device: torch.device
 
-    def tensor(self) -> Tensor:
+    def build(self) -> Tensor:
         raise NotImplementedError
+
+    def tensor(self) -> Tensor:
+        """Always the same one, with a graph or without."""
+        built = self.__dict__.setdefault("_built", {})
+        mode = torch.is_grad_enabled()
+        if mode not in built:
+            built[mode] = self.build()
+        return built[mode]
 
     @property
     def ndim(self) -> int:

@@ -6,7 +6,8 @@ the class and must see their own weights. Copies and pickles are accelerated as 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -70,9 +71,15 @@ def swapped_class(mixin: type[Swapped], original: type[nn.Module]) -> type[nn.Mo
 
 
 def parameter_names(module: nn.Module) -> Sequence[str]:
-    """Of the arguments that the codebase's own forward takes, but for ``self``."""
-    code = original_class(module).forward.__code__
-    return code.co_varnames[1 : code.co_argcount]
+    """Of the arguments that the codebase's own forward takes by position, but for ``self``."""
+    return _parameter_names(original_class(module).forward)
+
+
+@cache
+def _parameter_names(function: Callable[..., Any]) -> Sequence[str]:
+    parameters = inspect.signature(function).parameters.values()
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p.name for p in parameters if p.kind in by_position][1:]
 
 
 def _blank(mixin: type[Swapped], original: type[nn.Module]) -> nn.Module:

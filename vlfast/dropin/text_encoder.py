@@ -3,6 +3,7 @@ rest of each class up to EOT."""
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
@@ -25,12 +26,20 @@ from vlfast.ops import prefix_attention
 _KEPT_PACKINGS = 16
 
 
-class ContextStates(NamedTuple):
-    """Context vectors of a call, [M, d], and the states that predict them, [M, d], after the final
-    layer norm and before the projection."""
+class TrainingCall(NamedTuple):
+    """A call with autograd, as far as the states of its context need it, should someone ask.
 
-    vectors: Tensor
-    states: Tensor
+    tokenized: int64 [C, L]. rows: [M, d], the packed prompts. x: [M, d], the last block's input;
+    attended: [M, H, E]. autocast: the dtype that it ran in, or None.
+    """
+
+    encoder: nn.Module
+    tokenized: Tensor
+    packing: Packing
+    rows: Tensor
+    x: Tensor
+    attended: Tensor
+    autocast: torch.dtype | None
 
 
 class Reading(NamedTuple):
@@ -62,7 +71,7 @@ class EncoderState:
 
     learner: nn.Module | None
     reading: Reading = field(default_factory=Reading)
-    last: dict[torch.device, ContextStates] = field(default_factory=dict)
+    last: dict[torch.device, TrainingCall] = field(default_factory=dict)
     cache: FeatureCache = field(default_factory=FeatureCache)
     masks: MaskReader = field(default_factory=MaskReader)
     packings: OrderedDict[tuple[Any, ...], Packing] = field(default_factory=OrderedDict)
@@ -86,16 +95,14 @@ class EncoderState:
         return ends
 
     def packing(
-        self, ends: Ends, length: int, *, shared: int, n_ctx: int, images: int, device: torch.device
+        self, ends: Ends, length: int, *, shared: int, images: int, device: torch.device
     ) -> Packing:
         """The same for the same places; few are kept, since selections of classes may be new at
         every step."""
-        key = (ends.key, length, shared, n_ctx, images, device)
+        key = (ends.key, length, shared, images, device)
         found = self.packings.pop(key, None)
         if found is None:
-            found = Packing.of(
-                ends.positions, length, shared=shared, n_ctx=n_ctx, images=images, device=device
-            )
+            found = Packing.of(ends.positions, length, shared=shared, images=images, device=device)
         self.packings[key] = found
         while len(self.packings) > _KEPT_PACKINGS:
             try:
@@ -107,32 +114,28 @@ class EncoderState:
 
     def packing_of(self, prompts: Tensor, ends: Ends, reading: Reading, kind: Hashable) -> Packing:
         """For prompts [C, L, d] of which only the values are known."""
-        context = self.n_ctx
-        how = {"images": 1, "device": prompts.device}
-        key = (kind, ends.key, prompts.shape[1], reading.share, context, prompts.device)
+        key = (kind, ends.key, prompts.shape[1], reading.share, prompts.device)
         known = self.packings.get(key)
         # Values are compared at every call on a CPU; a GPU would have to be waited for, in training
         # for nothing: there the gradients have shown what is shared.
         trusted = prompts.is_cuda and prompts.requires_grad and torch.is_grad_enabled()
         if known is not None and (trusted or _shares(prompts, known.shared)):
             return known
-        shared = _common(prompts, ends.first if reading.share else min(1, ends.first))
-        n_ctx = context if context < shared and self._starts_with_context(prompts) else 0
-        found = self.packing(ends, prompts.shape[1], shared=shared, n_ctx=n_ctx, **how)
+        most = min(ends.first, self._most_shared() if reading.share else 1)
+        found = self.packing(
+            ends, prompts.shape[1], shared=_common(prompts, most), images=1, device=prompts.device
+        )
         self.packings[key] = found
         return found
 
-    @property
-    def n_ctx(self) -> int:
-        """How many context vectors the learner has that all classes share; 0 where they do not."""
+    def _most_shared(self) -> int:
+        """Behind it, a context vector of one class may only happen to hold what is a name's token
+        in another."""
         context = getattr(self.learner, "ctx", None)
-        return len(context) if isinstance(context, Tensor) and context.ndim == 2 else 0
-
-    @torch.no_grad()
-    def _starts_with_context(self, prompts: Tensor) -> bool:
-        context = self.learner.ctx.to(prompts)
-        found = prompts[0, 1 : 1 + len(context)]
-        return found.shape == context.shape and torch.equal(found, context)
+        position = getattr(self.learner, "class_token_position", "end")
+        if not isinstance(context, Tensor) or position not in ("middle", "front"):
+            return sys.maxsize
+        return 1 + (context.shape[-2] // 2 if position == "middle" else 0)
 
 
 def why_original(
@@ -180,16 +183,14 @@ def encode(
     reading: Reading,
     kind: Hashable = None,
 ) -> Tensor:
-    """Features [C, D], not normalised. kind: whose prompts these are, where a GPU can't be asked for
+    """Features [C, D], not normalised. kind: whose prompts these are, where a GPU is not asked for
     their values."""
     ends = state.ends(tokenized)
     device, length = prompts.device, prompts.shape[1]
 
     def encode_parts(parts: Parts, shared: int) -> Tensor:
-        packing = state.packing(
-            ends, length, shared=shared, n_ctx=parts.n_ctx, images=parts.images, device=device
-        )
-        features = _run(encoder, state, packing, parts.rows(packing), rest, reading)
+        packing = state.packing(ends, length, shared=shared, images=parts.images, device=device)
+        features = _run(encoder, state, packing, parts.rows(packing), tokenized, rest, reading)
         return features.unflatten(0, (parts.images, -1))
 
     if isinstance(prompts, ImagePrompts) and not rest and reading.share:
@@ -205,13 +206,14 @@ def encode(
                 prompts.image, step, key, lambda parts: encode_parts(parts, shared)
             )
     if isinstance(prompts, LearnedPrompts) and reading.share:
-        if shared := prompts.parts.shared(ends.first):
+        shared = prompts.parts.shared(ends.first)
+        if shared:
             return encode_parts(prompts.parts, shared)[0]
     prompts = as_tensors(prompts)
     packing = state.packing_of(prompts, ends, reading, kind)
     flat = prompts.flatten(0, 1)
     rows = torch.cat([flat[: packing.shared], flat.index_select(0, packing.runs)])
-    return _run(encoder, state, packing, rows, rest, reading)
+    return _run(encoder, state, packing, rows, tokenized, rest, reading)
 
 
 def _run(
@@ -219,6 +221,7 @@ def _run(
     state: EncoderState,
     packing: Packing,
     rows: Tensor,
+    tokenized: Tensor,
     rest: Sequence[Any],
     reading: Reading,
 ) -> Tensor:
@@ -229,10 +232,12 @@ def _run(
         t.requires_grad for tensors in (given, encoder.parameters()) for t in tensors
     )
     if learns and torch.is_grad_enabled():
-        features, states = _through(encoder, packing, rows, deep)
-        if states is not None:
-            vectors = rows[packing.context_rows]
-            state.last[rows.device] = ContextStates(vectors, states)
+        state.last.pop(rows.device, None)
+        features, x, attended = _through(encoder, packing, rows, deep)
+        autocast = _mode(rows.device)[1]
+        state.last[rows.device] = TrainingCall(
+            encoder, tokenized, packing, rows, x, attended, autocast
+        )
         return features
     if is_replica(encoder):
         return _through(encoder, packing, rows, deep)[0]
@@ -247,8 +252,8 @@ def _run(
 
 def _through(
     encoder: nn.Module, packing: Packing, rows: Tensor, deep: Sequence[Tensor | None]
-) -> tuple[Tensor, Tensor | None]:
-    """Features of the packed rows, and the states that predict the context where it is shared."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Features of the packed rows, the last block's input and what its rows attended to."""
     dtype = getattr(encoder, "dtype", None)
     blocks = encoder.transformer.resblocks
     places = encoder.positional_embedding.index_select(0, packing.positions)
@@ -261,23 +266,30 @@ def _through(
         if layer < len(blocks) - 1:
             x = finish_block(block, x, attended)
 
-    def last_block(where: Tensor) -> Tensor:
-        out = encoder.ln_final(finish_block(blocks[-1], x[where], attended[where]))
-        return out if dtype is None else out.type(dtype)
-
-    features, projection = last_block(packing.eot_rows), encoder.text_projection
+    features = final_states(encoder, x, attended, packing.eot_rows)
+    projection = encoder.text_projection
     if isinstance(projection, nn.Module):
         features = projection(features)
     elif projection is not None:
         features = features @ projection
-    states = last_block(packing.state_rows) if packing.n_ctx else None
-    return features, states
+    return features, x, attended
 
 
-def _mode(device: torch.device) -> tuple[Any, ...]:
+def final_states(encoder: nn.Module, x: Tensor, attended: Tensor, where: Tensor) -> Tensor:
+    """What the last block and the final layer norm make of the rows ``where``, int64 [N]: [N, d].
+
+    x: [M, d], the last block's input. attended: [M, H, E].
+    """
+    dtype = getattr(encoder, "dtype", None)
+    out = finish_block(encoder.transformer.resblocks[-1], x[where], attended[where])
+    out = encoder.ln_final(out)
+    return out if dtype is None else out.type(dtype)
+
+
+def _mode(device: torch.device) -> tuple[bool, torch.dtype | None]:
     """What else decides a result: autograd and autocast."""
     autocast = torch.is_autocast_enabled(device.type)
-    return torch.is_grad_enabled(), autocast and torch.get_autocast_dtype(device.type)
+    return torch.is_grad_enabled(), torch.get_autocast_dtype(device.type) if autocast else None
 
 
 @torch.no_grad()
