@@ -60,7 +60,7 @@ class LearnerState:
                 if state not in self.checked:
                     if len(self.checked) > 64:
                         self.checked.clear()
-                    self.checked[state] = self._check(learner, images, index)
+                    self.checked[state] = self._check(learner, images, arguments, index)
         kind = self.checked[state]
         if kind is None:
             return None
@@ -84,33 +84,56 @@ class LearnerState:
         self.read = ([weakref.ref(t) for t in parts], versions, found)
         return found
 
-    def _check(self, learner: nn.Module, images: Tensor | None, index: Any) -> str | None:
-        """Let the learner build the prompts of a few classes and one image, and compare."""
-        classes = len(learner.token_prefix)
-        # Another number than there are: what else is held for every class then does not fit.
-        count = CLASSES + (classes == CLASSES)
-        few = torch.linspace(0, classes - 1, count).round().long().tolist()
-        one = None if images is None else images[:1]
+    def _check(
+        self, learner: nn.Module, images: Tensor | None, arguments: Sequence[Any], index: Any
+    ) -> str | None:
+        """Let the learner build the prompts of a few classes, or all, for one image, and compare."""
         device = learner.token_prefix.device
-        try:
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                theirs = _few(learner, one, index, few)
-                picks = few if index is None else few[::-1]
-                kind = "tensor"
-                if isinstance(theirs, tuple):
-                    kind, (theirs, *rest) = "tuple", theirs
-                    if images is not None or not _alike(
-                        rest, list(_few(learner, one, index, [0])[1:])
-                    ):
-                        return None
-                picked = _pick(_stand_in(learner, one), torch.tensor(picks))
-                with torch.no_grad():
-                    same = torch.equal(theirs, picked.tensor())
-                autocast = torch.is_autocast_enabled(device.type)
-                said = difference(picked.tensor, theirs, lambda: theirs, autocast)
-        except Exception:
+        one = None if images is None else images[:1]
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            for compare in (_compare_few, _compare_all):
+                try:
+                    return compare(learner, one, arguments, index)
+                except Exception:
+                    # Some can't do with fewer classes; if it is more than that, theirs will raise.
+                    continue
+        return None
+
+
+def _compare_few(
+    learner: nn.Module, image: Tensor | None, arguments: Sequence[Any], index: Any
+) -> str | None:
+    classes = len(learner.token_prefix)
+    # Another number than there are: what else is held for every class then does not fit.
+    count = CLASSES + (classes == CLASSES)
+    few = torch.linspace(0, classes - 1, count).round().long().tolist()
+    theirs, kind = _few(learner, image, index, few), "tensor"
+    if isinstance(theirs, tuple):
+        kind, (theirs, *rest) = "tuple", theirs
+        if image is not None or not _alike(rest, list(_few(learner, image, index, [0])[1:])):
             return None
-        return kind if same and said is None else None
+    picks = few if index is None else few[::-1]
+    return kind if _same(_pick(_stand_in(learner, image), torch.tensor(picks)), theirs) else None
+
+
+def _compare_all(
+    learner: nn.Module, image: Tensor | None, arguments: Sequence[Any], index: Any
+) -> str | None:
+    if image is not None:
+        arguments = (image, *arguments[1:])
+    ours, theirs = _stand_in(learner, image), original_forward(learner, *arguments)
+    if index is not None:
+        ours = _pick(ours, index)
+    return "tensor" if isinstance(theirs, Tensor) and _same(ours, theirs) else None
+
+
+def _same(ours: LearnedPrompts | BatchPrompts, theirs: Tensor) -> bool:
+    """Equal numbers, and the same gradients of what learns."""
+    with torch.no_grad():
+        if ours.shape != theirs.shape or not torch.equal(ours.tensor(), theirs):
+            return False
+    autocast = torch.is_autocast_enabled(theirs.device.type)
+    return difference(ours.tensor, theirs, lambda: theirs, autocast) is None
 
 
 @torch.no_grad()
