@@ -87,7 +87,7 @@ class LearnerState:
     def _check(
         self, learner: nn.Module, images: Tensor | None, arguments: Sequence[Any], index: Any
     ) -> str | None:
-        """Let the learner build the prompts of a few classes, or all, for one image, and compare."""
+        """Let the learner build prompts of a few classes, or of all, for one image, and compare."""
         device = learner.token_prefix.device
         one = None if images is None else images[:1]
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
