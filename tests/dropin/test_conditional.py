@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.dropin.lookalikes import build
+from tests.dropin.lookalikes import SMALL, build
 from tests.dropin.support import distance, guard_of
 from vlfast.dropin import accelerate
 from vlfast.dropin.assembled import BatchPrompts, LearnedPrompts, Parts
@@ -44,13 +44,13 @@ def test_images_are_encoded_together_where_they_are_learned_from(monkeypatch):
     built.evaluate()
     # No more at a time than the original has for one image.
     assert sum(images for images, _ in rows) == 30 and len(rows) > 1
-    assert all(count <= 20 * 77 for _, count in rows)
+    assert all(count <= 20 * SMALL.length for _, count in rows)
 
 
 def test_prompts_stand_for_their_tensor():
     built = build("cocoop", images=3, classes=4)
     learner = built.model.prompt_learner
-    features = torch.randn(3, 24)
+    features = torch.randn(3, SMALL.joint)
     with torch.no_grad():
         tensor = learner(features)
         accelerate(built.model)
@@ -88,7 +88,7 @@ def test_classes_are_selected_before_prompts_are_built(class_specific, form, mon
     assert built_classes == ([3] if class_specific else [])
     whole = model.prompt_learner()
     assert isinstance(whole, LearnedPrompts)
-    assert isinstance(whole[index], LearnedPrompts) and whole[index].shape == (3, 77, 32)
+    assert isinstance(whole[index], LearnedPrompts) and whole[index].shape[0] == 3
     assert torch.equal(whole[index].tensor(), whole.tensor()[index])
     assert torch.equal(whole[[True, False] * 6], whole.tensor()[[True, False] * 6])
     with pytest.raises(IndexError):
@@ -103,7 +103,7 @@ def test_conditional_selections():
     accelerate(model)
     for index, logits in zip(indices * 2, expected * 2, strict=True):
         assert distance(model(built.images, index).detach(), logits) <= 1e-5
-    assert isinstance(model.prompt_learner(torch.randn(2, 24), indices[0]), BatchPrompts)
+    assert isinstance(model.prompt_learner(torch.randn(2, SMALL.joint), indices[0]), BatchPrompts)
 
 
 @pytest.mark.parametrize("family", ["maple", "mopd"])

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tests.dropin.lookalike_clip import LAYOUTS, Sizes, convert_weights
-from tests.dropin.lookalikes import build
+from tests.dropin.lookalikes import SMALL, build
 from tests.dropin.support import distance, guard_of
 from vlfast.dropin import accelerate
 from vlfast.dropin.text_encoder import _KEPT_PACKINGS
@@ -316,7 +316,7 @@ def test_trainable_weights_get_their_gradients():
 def test_prompts_that_share_nothing():
     """Not even SOS."""
     model = build("coop", classes=5).model
-    prompts = torch.randn(5, 77, 32, requires_grad=True)
+    prompts = torch.randn(5, SMALL.length, SMALL.width, requires_grad=True)
     tokens = model.tokenized_prompts
 
     def gradient():

@@ -34,7 +34,7 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{name or 'model'}: {what}" for name, what in self.changed.items()]
         for name, what in self.left.items():
-            lines.append(f"{name or 'model'}: left as it is, since {what}")
+            lines.append(f"{name or 'model'}: left as it is, {what}")
         for name, said in self.checks.items():
             lines += [f"{name or 'model'}: {one}" for one in said or ["not called yet"]]
         return "\n".join(lines) or "nothing to accelerate"
