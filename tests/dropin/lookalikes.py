@@ -1,4 +1,4 @@
-"""Small look-alikes of what CoOp-family codebases hold: the same attribute names and the same calls,
+"""Small look-alikes of what CoOp-family codebases hold: the same attribute names, the same calls,
 around a small CLIP in the layouts of openai/CLIP and of open_clip.
 
 ``build("maple")`` gives a model with its trainer's step.
@@ -24,6 +24,7 @@ from tests.dropin.lookalike_clip import (
     rounded_forward,
 )
 
+SMALL = Sizes()
 # Tokens of a class's name, one class after the other.
 NAME_LENGTHS = (2, 1, 4, 1, 3, 2, 6, 1, 2)
 
@@ -43,7 +44,7 @@ class Built:
 
     model: what trains. target: what ``accelerate`` is given, the model itself but for PromptKD,
     whose class names stand in its teacher. compute: (images, labels) -> (logits or None, losses);
-    of two losses the second guides the first (ProGrad).
+    of two losses the second guides the first (ProGrad). beside: a frozen model that helps.
     """
 
     model: nn.Module
@@ -53,6 +54,7 @@ class Built:
     images: Tensor
     labels: Tensor
     whole_trains: bool = False  # whether train() is called on all of the model
+    beside: nn.Module | None = None
 
     def learnable(self) -> dict[str, nn.Parameter]:
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
@@ -101,9 +103,9 @@ def build(
     layout: str = "openai",
     classes: int | Sequence[Sequence[int]] = 7,
     dtype: torch.dtype = torch.float32,
-    sizes: Sizes = Sizes(),
+    sizes: Sizes = SMALL,
     images: int = 3,
-    seed: int = 0,
+    seed: int = 1,
     rounded_backward: bool = True,
     **options: Any,
 ) -> Built:
@@ -716,7 +718,7 @@ def _prograd(setting: Setting) -> Built:
         guide = -(F.softmax(its, dim=-1) * F.log_softmax(logits, dim=-1)).sum(1).mean()
         return logits, [F.cross_entropy(logits, labels), guide]
 
-    return _built(model, compute)
+    return _built(model, compute, beside=zero_shot)
 
 
 def _kgcoop(setting: Setting) -> Built:
@@ -792,7 +794,7 @@ def _kdpl(student: type[nn.Module]) -> Callable[[Setting], Built]:
             reverse = F.kl_div(its, own, log_target=True, reduction="batchmean")
             return logits, [0.5 * forward + 0.5 * reverse]
 
-        return _built(model, compute)
+        return _built(model, compute, beside=teacher)
 
     return make
 
