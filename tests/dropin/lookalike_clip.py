@@ -28,7 +28,7 @@ class Sizes:
     vision_layers: int = 3
     patch: int = 4
     image: int = 8
-    length: int = 77
+    length: int = 32
     vocabulary: int = 96
 
 
@@ -48,10 +48,10 @@ class Design:
 
 
 class LayerNorm(nn.LayerNorm):
-    """In fp32, whatever comes in."""
+    """In the precision of its weights: fp32 in models of fp16, too."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.float()).to(x.dtype)
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 class QuickGELU(nn.Module):

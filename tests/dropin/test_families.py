@@ -13,8 +13,11 @@ from vlfast.dropin import accelerate, restore
 # Of the largest number.
 LOGITS, GRADIENTS = 1e-5, 1e-4
 
+GUIDED = 4  # of this seed's model the guide's gradient points against the labels'
+
 VARIANTS = [
     *((family, {}) for family in FAMILIES),
+    ("prograd", {"seed": GUIDED}),
     ("coop", {"position": "middle", "n_ctx": 5}),
     ("coop", {"position": "front"}),
     ("coop", {"class_specific": True}),
@@ -207,14 +210,21 @@ def test_any_prompts_indices(position, class_specific):
 
 
 @families
+@pytest.mark.parametrize("way", ["fp16 weights", "autocast"])
 @layouts
-def test_fp16_is_as_near_to_fp32_as_before(family, layout):
+def test_half_precision_is_as_near_to_fp32_as_before(family, way, layout):
     exact = build(family, layout=layout)
     right, right_logits = exact.step(), exact.evaluate()
-    built = build(family, layout=layout, dtype=torch.float16)
-    before, before_logits = built.step(), built.evaluate()
+    half = way == "fp16 weights"
+    built = build(family, layout=layout, dtype=torch.float16 if half else torch.float32)
+
+    def run() -> tuple[Outcome, torch.Tensor]:
+        with torch.autocast("cpu", torch.float16, enabled=not half):
+            return built.step(), built.evaluate()
+
+    before, before_logits = run()
     report = accelerate(built.target)
-    after, after_logits = built.step(), built.evaluate()
+    after, after_logits = run()
     assert not any("restored" in said for said in report.checks["text_encoder"])
     assert after_logits.dtype == before_logits.dtype
     assert nearly_as_near(after_logits, before_logits, right_logits)
@@ -225,7 +235,9 @@ def test_fp16_is_as_near_to_fp32_as_before(family, layout):
 
 
 def nearly_as_near(found, before, right) -> bool:
-    return distance(found, right) <= 2 * distance(before, right) + 2e-3
+    right = right.double()
+    found, before = ((x.double() - right).norm() / right.norm() for x in (found, before))
+    return bool(found <= 2 * before + 2e-3)
 
 
 @pytest.mark.parametrize("family", ["ivlp", "maple", "promptsrc"])
@@ -238,29 +250,31 @@ def test_rounding_of_deep_prompts_gradients(family):
     accelerate(theirs.target)
     found = theirs.step()
     assert distance(theirs.evaluate(), logits) <= LOGITS
+    # Those of MaPLe get gradients through the image tower, too, which are rounded image by image.
+    limit = 1e-3 if family == "maple" else GRADIENTS
     deep = [name for name in found.gradients if "text_encoder" in name or "prompts_text" in name]
     assert deep
     for name in deep:
-        if "prompts_text" in name:  # part of it comes through the image tower
-            continue
-        assert distance(found.gradients[name], expected.gradients[name]) <= GRADIENTS
+        assert distance(found.gradients[name], expected.gradients[name]) <= limit
         assert distance(rounded.gradients[name], expected.gradients[name]) > GRADIENTS
-    assert distance(found.gradients["prompt_learner.ctx"], rounded.gradients["prompt_learner.ctx"])
 
 
-def test_frozen_teacher_encodes_its_classes_once(monkeypatch):
-    built = build("promptkd")
-    accelerate(built.target)
+@layouts
+def test_teacher_encodes_its_classes_once(layout):
+    built = build("promptkd", layout=layout)
+    teacher = built.target
+    accelerate(teacher)
     built.step()
-    first = built.target(built.images)[1] if torch.is_grad_enabled() else None
+
+    @torch.no_grad()
+    def features() -> torch.Tensor:
+        return teacher.text_encoder(teacher.prompt_learner(), teacher.tokenized_prompts)
+
+    first = features()
+    assert features() is first
     with torch.no_grad():
-        features = built.target.text_encoder(
-            built.target.prompt_learner(), built.target.tokenized_prompts
-        )
-        again = built.target.text_encoder(
-            built.target.prompt_learner(), built.target.tokenized_prompts
-        )
-    assert first is not None and again is features
+        teacher.prompt_learner.ctx.mul_(2)
+    assert distance(features(), first) > LOGITS
 
 
 def test_what_has_no_text_encoder_to_exchange_says_so():
@@ -276,5 +290,5 @@ def test_what_has_no_text_encoder_to_exchange_says_so():
 
 def test_guidance_acts_in_the_look_alike():
     """Else ProGrad's step would be CoOp's."""
-    guided, plain = build("prograd").step(), build("coop").step()
+    guided, plain = build("prograd", seed=GUIDED).step(), build("coop", seed=GUIDED).step()
     assert not torch.equal(*(x.gradients["prompt_learner.ctx"] for x in (guided, plain)))
