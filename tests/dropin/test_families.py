@@ -79,7 +79,8 @@ def forbid_the_original(built: Built, monkeypatch) -> None:
     def fail(*args):
         raise AssertionError("the codebase's own way was taken")
 
-    original = type(built.target.text_encoder).original_class
+    encoder = type(built.target.text_encoder)
+    original = getattr(encoder, "original_class", encoder)
     monkeypatch.setattr(original, "forward", fail)
 
 
@@ -88,7 +89,8 @@ def forbid_the_original(built: Built, monkeypatch) -> None:
 def test_same_step_and_evaluation(variant, layout, monkeypatch):
     built = make(variant, layout)
     step, logits = built.step(), built.evaluate()
-    assert "text_encoder" in accelerate(built.target).changed
+    report = accelerate(built.target)
+    assert "text_encoder" in report.changed or variant[0] == "vpt"
     assert_same(built.step(), step)
     forbid_the_original(built, monkeypatch)
     assert_same(built.step(), step)
@@ -225,7 +227,7 @@ def test_half_precision_is_as_near_to_fp32_as_before(family, way, layout):
     before, before_logits = run()
     report = accelerate(built.target)
     after, after_logits = run()
-    assert not any("restored" in said for said in report.checks["text_encoder"])
+    assert not any("restored" in said for said in report.checks.get("text_encoder", ()))
     assert after_logits.dtype == before_logits.dtype
     assert nearly_as_near(after_logits, before_logits, right_logits)
     for name, gradient in before.gradients.items():
@@ -260,21 +262,26 @@ def test_rounding_of_deep_prompts_gradients(family):
 
 
 @layouts
-def test_teacher_encodes_its_classes_once(layout):
+def test_teacher_encodes_its_classes_once(layout, monkeypatch):
     built = build("promptkd", layout=layout)
     teacher = built.target
     accelerate(teacher)
     built.step()
+    products = []
+    linear = torch.nn.Linear.forward
+    monkeypatch.setattr(
+        torch.nn.Linear, "forward", lambda *args: products.append(1) or linear(*args)
+    )
 
     @torch.no_grad()
     def features() -> torch.Tensor:
         return teacher.text_encoder(teacher.prompt_learner(), teacher.tokenized_prompts)
 
     first = features()
-    assert features() is first
+    assert torch.equal(features(), first) and not products
     with torch.no_grad():
         teacher.prompt_learner.ctx.mul_(2)
-    assert distance(features(), first) > LOGITS
+    assert distance(features(), first) > LOGITS and products
 
 
 def test_what_has_no_text_encoder_to_exchange_says_so():

@@ -75,10 +75,7 @@ class Guard:
         if why := why_original(module, prompts, tokenized):
             self.say(f"took the codebase's own way, since {why}")
             return original_forward(module, _plain(prompts), tokenized, rest)
-        learned = self.learned(module) if state.unchecked else []
-        # Gradients wait for a call that has some: a frozen teacher's are never asked for.
-        due = state.unchecked if learned else state.unchecked & {"features"}
-        if due and not self.check(module, prompts, tokenized, rest, learned):
+        if state.unchecked and not self.check(module, prompts, tokenized, rest):
             return module(_plain(prompts), tokenized, *rest)
         features = encode(module, state, prompts, tokenized, rest)
         if features is None:
@@ -86,25 +83,16 @@ class Guard:
             return original_forward(module, _plain(prompts), tokenized, rest)
         return features
 
-    def learned(self, module: nn.Module) -> list[Tensor]:
-        """What gets gradients in this call."""
-        if not torch.is_grad_enabled():
-            return []
-        learner = self.encoder.learner
-        tensors = [*(() if learner is None else learner.parameters()), *module.parameters()]
-        return [t for t in tensors if t.requires_grad and t.is_leaf]
-
     def check(
-        self,
-        module: nn.Module,
-        prompts: Any,
-        tokenized: Tensor,
-        rest: Sequence[Any],
-        learned: Sequence[Tensor],
+        self, module: nn.Module, prompts: Any, tokenized: Tensor, rest: Sequence[Any]
     ) -> bool:
         """Compare both ways; where they differ, try the other readings of the codebase, and
         give up with a warning if none agrees."""
         state = self.encoder
+        learner = state.learner
+        learned = [*(() if learner is None else learner.parameters()), *module.parameters()]
+        learned = [t for t in learned if t.requires_grad and t.is_leaf]
+        grads = torch.is_grad_enabled() and bool(learned)
         first = _plain(prompts)
         found = None
         for share, half in ((True, True), (True, False), (False, True), (False, False)):
@@ -119,8 +107,8 @@ class Guard:
                 learned,
             )
             if said is None:
-                state.unchecked -= {"features", *(("gradients",) if learned else ())}
-                what = "features and gradients" if learned else "features"
+                state.unchecked -= {"features", *(("gradients",) if grads else ())}
+                what = "features and gradients" if grads else "features"
                 self.say(f"checked, {what} are the same")
                 return True
             found = found or said
