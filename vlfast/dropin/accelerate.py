@@ -74,12 +74,14 @@ class Guard:
         state = self.encoder
         if why := why_original(module, prompts, tokenized):
             self.say(f"took the codebase's own way, since {why}")
+            state.last.clear()
             return original_forward(module, _plain(prompts), tokenized, rest)
         if state.unchecked and not self.check(module, prompts, tokenized, rest):
             return module(_plain(prompts), tokenized, *rest)
         features = encode(module, state, prompts, tokenized, rest)
         if features is None:
             self.say("took the codebase's own way, since deep prompts replace no shared context")
+            state.last.clear()
             return original_forward(module, _plain(prompts), tokenized, rest)
         return features
 

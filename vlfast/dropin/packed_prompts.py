@@ -18,8 +18,8 @@ class Packing:
 
     prefix: int64 [shared], of one image; runs: int64 [M_r], those of the classes, as indices into
     C * L. positions: int64 [M]. eot_rows: int64, one a class and image. n_ctx: context vectors in
-    the prefix, at 1..n_ctx, or 0 where they stand elsewhere or are not known. context_rows,
-    state_rows: int64 [images * n_ctx], those vectors, and the rows before them, which predict them.
+    the prefix, at 1..n_ctx, or 0 where they stand elsewhere or are not known. context_rows: int64
+    [images * n_ctx], those vectors.
     """
 
     images: int
@@ -31,7 +31,6 @@ class Packing:
     positions: Tensor
     eot_rows: Tensor
     context_rows: Tensor
-    state_rows: Tensor
 
     @classmethod
     def of(
@@ -58,7 +57,7 @@ class Packing:
         positions = torch.cat([place[:shared].repeat(images), grid[in_run].repeat(images)])
 
         n_ctx = n_ctx if n_ctx < shared else 0
-        before = (torch.arange(images)[:, None] * shared + torch.arange(n_ctx)).flatten()
+        context_rows = torch.arange(images)[:, None] * shared + 1 + torch.arange(n_ctx)
 
         def on_device(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)
@@ -72,6 +71,5 @@ class Packing:
             runs=on_device(indices),
             positions=on_device(positions),
             eot_rows=on_device(eot_rows),
-            context_rows=on_device(before + 1),
-            state_rows=on_device(before),
+            context_rows=on_device(context_rows.flatten()),
         )

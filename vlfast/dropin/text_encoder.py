@@ -3,6 +3,7 @@ rest of each class up to EOT."""
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,12 +22,20 @@ from vlfast.ops import prefix_attention
 _KEPT_PACKINGS = 8
 
 
-class ContextStates(NamedTuple):
-    """Context vectors of a call, [M, d], and the states that predict them, [M, d], after the final
-    layer norm and before the projection."""
+class TrainingCall(NamedTuple):
+    """A call with autograd, as far as the states of its context need it, should someone ask.
 
-    vectors: Tensor
-    states: Tensor
+    tokenized: int64 [C, L]. rows: [M, d], the packed prompts. x: [M, d], the last block's input;
+    attended: [M, H, E]. autocast: the dtype that it ran in, or None.
+    """
+
+    encoder: nn.Module
+    tokenized: Tensor
+    packing: Packing
+    rows: Tensor
+    x: Tensor
+    attended: Tensor
+    autocast: torch.dtype | None
 
 
 @dataclass
@@ -43,7 +52,7 @@ class EncoderState:
     unchecked: set[str]
     share: bool = True
     half_deep: bool = True
-    last: dict[torch.device, ContextStates] = field(default_factory=dict)
+    last: dict[torch.device, TrainingCall] = field(default_factory=dict)
     cache: FeatureCache = field(default_factory=FeatureCache)
     packings: OrderedDict[tuple[Any, ...], Packing] = field(default_factory=OrderedDict)
 
@@ -70,7 +79,7 @@ class EncoderState:
         # Values are compared at every call on a CPU; a GPU would have to be waited for.
         if found is not None and (prompts.is_cuda or _shares(prompts, found.shared)):
             return found
-        shared = _common(prompts, int(ends.min())) if n else 1
+        shared = _common(prompts, min(int(ends.min()), self._most_shared(n))) if n else 1
         found = Packing.of(
             ends, prompts.shape[1], shared=shared, n_ctx=n, images=images, device=prompts.device
         )
@@ -78,6 +87,13 @@ class EncoderState:
         while len(self.packings) > _KEPT_PACKINGS:
             self.packings.popitem(last=False)
         return found
+
+    def _most_shared(self, n: int) -> int:
+        """Behind it, a context vector of one class may only happen to hold what is a name's token
+        in another."""
+        position = getattr(self.learner, "class_token_position", "end")
+        before = {"middle": n // 2, "front": 0}
+        return 1 + before[position] if position in before else sys.maxsize
 
 
 def why_original(encoder: nn.Module, prompts: Any, tokenized: Any) -> str | None:
@@ -105,18 +121,20 @@ def encode(
         batch = prompts.batch
         features = batch.once(
             (id(encoder), ends.cpu().numpy().tobytes()),
-            lambda: _encode_batch(encoder, state, batch, ends, rest),
+            lambda: _encode_batch(encoder, state, batch, tokenized, ends, rest),
         )
         return None if features is None else features[prompts.image]
     packing = state.packing(prompts, ends, 1)
     flat = prompts.flatten(0, 1)
-    return _run(encoder, state, packing, flat[: packing.shared], flat[packing.runs], rest)
+    prefix, runs = flat[: packing.shared], flat[packing.runs]
+    return _run(encoder, state, packing, prefix, runs, tokenized, rest)
 
 
 def _encode_batch(
     encoder: nn.Module,
     state: EncoderState,
     batch: BatchPrompts,
+    tokenized: Tensor,
     ends: Tensor,
     rest: Sequence[Any],
 ) -> Tensor:
@@ -128,7 +146,7 @@ def _encode_batch(
     start = batch.prefix[:1].expand(len(batch), -1, -1)
     prefix = torch.cat([start, batch.context, behind], dim=1)
     runs = first.flatten(0, 1)[packing.runs]
-    features = _run(encoder, state, packing, prefix.flatten(0, 1), runs, rest)
+    features = _run(encoder, state, packing, prefix.flatten(0, 1), runs, tokenized, rest)
     return None if features is None else features.unflatten(0, (len(batch), -1))
 
 
@@ -138,6 +156,7 @@ def _run(
     packing: Packing,
     prefix: Tensor,
     runs: Tensor,
+    tokenized: Tensor,
     rest: Sequence[Any],
 ) -> Tensor | None:
     blocks = encoder.transformer.resblocks
@@ -147,10 +166,11 @@ def _run(
     rows = torch.cat([prefix, runs.repeat(packing.images, 1)])
     learned = [rows, *(v for v in deep if v is not None), *encoder.parameters()]
     if torch.is_grad_enabled() and any(t.requires_grad for t in learned):
-        features, states = _through(encoder, packing, rows, deep)
-        if states is not None:
-            vectors = rows[packing.context_rows]
-            state.last[rows.device] = ContextStates(vectors, states)
+        state.last.pop(rows.device, None)
+        features, x, attended = _through(encoder, packing, rows, deep)
+        state.last[rows.device] = TrainingCall(
+            encoder, tokenized, packing, rows, x, attended, _autocast_dtype(rows.device.type)
+        )
         return features
     return state.cache.get(
         encoder.modules(),
@@ -161,8 +181,8 @@ def _run(
 
 def _through(
     encoder: nn.Module, packing: Packing, rows: Tensor, deep: Sequence[Tensor | None]
-) -> tuple[Tensor, Tensor | None]:
-    """Features of the packed rows, and the states that predict the context where it is shared."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Features of the packed rows, the last block's input and what its rows attended to."""
     dtype = getattr(encoder, "dtype", rows.dtype)
     blocks = encoder.transformer.resblocks
     places = encoder.positional_embedding.index_select(0, packing.positions)
@@ -175,14 +195,24 @@ def _through(
         if layer < len(blocks) - 1:
             x = finish_block(block, x, attended)
 
-    def last_block(where: Tensor) -> Tensor:
-        out = finish_block(blocks[-1], x[where], attended[where])
-        return encoder.ln_final(out).type(dtype)
-
-    features, projection = last_block(packing.eot_rows), encoder.text_projection
+    features = final_states(encoder, x, attended, packing.eot_rows)
+    projection = encoder.text_projection
     features = projection(features) if isinstance(projection, nn.Module) else features @ projection
-    states = last_block(packing.state_rows) if packing.n_ctx else None
-    return features, states
+    return features, x, attended
+
+
+def final_states(encoder: nn.Module, x: Tensor, attended: Tensor, where: Tensor) -> Tensor:
+    """What the last block and the final layer norm make of the rows ``where``, int64 [N]: [N, d].
+
+    x: [M, d], the last block's input. attended: [M, H, E].
+    """
+    dtype = getattr(encoder, "dtype", x.dtype)
+    out = finish_block(encoder.transformer.resblocks[-1], x[where], attended[where])
+    return encoder.ln_final(out).type(dtype)
+
+
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _common(prompts: Tensor, most: int) -> int:
