@@ -9,10 +9,12 @@ from vlfast.ops import gated_mixture_loss, plpp_loss, plpp_terms, symmetric_kl_l
 from vlfast.version import __version__
 
 if TYPE_CHECKING:
+    from vlfast import dropin
     from vlfast.clip.models import ClipModel, load_clip, wrap_clip
     from vlfast.clip.text_tower import TextTower
     from vlfast.data.catalog import load_dataset
     from vlfast.data.dataset import Dataset, Split
+    from vlfast.dropin import accelerate, restore
     from vlfast.errors import VlfastError
     from vlfast.features import store_features
     from vlfast.run import Prediction, Run, fit, load, resume
@@ -27,6 +29,8 @@ __all__ = [
     "VisionTower",
     "VlfastError",
     "__version__",
+    "accelerate",
+    "dropin",
     "fit",
     "gated_mixture_loss",
     "load",
@@ -34,6 +38,7 @@ __all__ = [
     "load_dataset",
     "plpp_loss",
     "plpp_terms",
+    "restore",
     "resume",
     "store_features",
     "symmetric_kl_loss",
@@ -50,6 +55,9 @@ _LAZY = {
     "load_dataset": "vlfast.data.catalog",
     "Dataset": "vlfast.data.dataset",
     "Split": "vlfast.data.dataset",
+    "accelerate": "vlfast.dropin",
+    "dropin": "vlfast.dropin",
+    "restore": "vlfast.dropin",
     "VlfastError": "vlfast.errors",
     "Prediction": "vlfast.run",
     "Run": "vlfast.run",
@@ -63,7 +71,8 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'vlfast' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_LAZY[name]), name)
+    module = importlib.import_module(_LAZY[name])
+    value = module if module.__name__ == f"vlfast.{name}" else getattr(module, name)
     globals()[name] = value
     return value
 
