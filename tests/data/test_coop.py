@@ -187,6 +187,11 @@ def test_a_folder_may_be_a_link(tmp_path, pets):
     assert load_dataset("oxford_pets", str(tmp_path / "links")).num_classes == 5
 
 
+def test_no_root():
+    with pytest.raises(VlfastError, match="data.root: .*needs the folder that holds caltech-101"):
+        load_dataset("Caltech101")
+
+
 def test_no_such_folder(tmp_path):
     message = refused(tmp_path)
     assert f"{tmp_path}/oxford_pets, which is no folder" in message
@@ -213,6 +218,7 @@ def test_a_folder_of_another_name(tmp_path, called):
     ("name", "file", "remedy"),
     [
         ("oxford_pets", "split_zhou_OxfordPets.json", "DATASETS.md, section OxfordPets"),
+        ("dtd", "split_zhou_DescribableTextures.json", "DATASETS.md, section DTD"),
         ("imagenet", "classnames.txt", "DATASETS.md, section ImageNet"),
         ("imagenet_a", "classnames.txt", "it is a copy of imagenet/classnames.txt"),
         ("fgvc_aircraft", "images_variant_val.txt", "fgvc-aircraft-2013b.tar.gz"),
