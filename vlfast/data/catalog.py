@@ -49,6 +49,8 @@ def load_dataset(name: str, root: str | None = None, classnames: str | None = No
         return load_theme(name.removeprefix("glyphs/"))
     if root is None:
         wanted = _OWN.get(name, "the folder that it lies in")
+        if name in LAYOUTS:
+            wanted = f"the folder that holds {LAYOUTS[name].folder}"
         raise VlfastError(f"data.root: the dataset {name!r} needs {wanted}")
     if name in LAYOUTS:
         from vlfast.data.coop import load_coop
