@@ -112,6 +112,11 @@ def _of_images(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
                 f"checkpoint: there is no tensor {_IMAGE_INPUT}, though deeper ones are there"
             )
         return {"n_visual": None, "visual_depth": None}
+    if tensors[_IMAGE_INPUT].ndim != 2:
+        raise VlfastError(
+            f"checkpoint: {_IMAGE_INPUT} is {list(tensors[_IMAGE_INPUT].shape)}, expected "
+            "[n_visual, width]"
+        )
     return {"n_visual": tensors[_IMAGE_INPUT].shape[0], "visual_depth": 1 + deeper}
 
 

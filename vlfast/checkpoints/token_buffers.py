@@ -36,9 +36,9 @@ def buffers(clip: ClipModel, tokens: PromptTokens, n_ctx: int) -> dict[str, Tens
 def check_model(tensors: Mapping[str, Tensor], prefix: str, clip: ClipModel, what: str) -> None:
     """Raise VlfastError where the file's frozen vectors are of another CLIP than ``clip``."""
     text, visual = clip.text_tower.text, clip.model.visual
-    start = None if clip.tokenizer.sot_token_id is None else clip.token_embedding
+    sot = clip.tokenizer.sot_token_id
     of_file = {
-        f"{prefix}{PREFIX}": None if start is None else start[clip.tokenizer.sot_token_id],
+        f"{prefix}{PREFIX}": None if sot is None else clip.token_embedding[sot],
         "text_encoder.positional_embedding": text.positional_embedding,
         "image_encoder.class_embedding": getattr(visual, "class_embedding", None),
         "image_encoder.positional_embedding": getattr(visual, "positional_embedding", None),
@@ -47,8 +47,8 @@ def check_model(tensors: Mapping[str, Tensor], prefix: str, clip: ClipModel, wha
         theirs = tensors.get(key)
         if theirs is None or own is None:
             continue
-        if key.endswith(PREFIX):
-            theirs = theirs.flatten(0, -2)[0] if theirs.numel() else own
+        if key.endswith(PREFIX) and theirs.ndim == 3 and len(theirs):
+            theirs = theirs[0, 0]
         if theirs.shape != own.shape or not bool(_alike(theirs, own).all()):
             raise VlfastError(
                 f"model: {what} was trained on another CLIP than {clip.name} ({clip.pretrained}): "
@@ -72,7 +72,7 @@ def frozen_words(
             continue
         if not behind:
             continue
-        if suffix is None or not len(suffix):
+        if suffix is None or suffix.ndim != 3 or not len(suffix):
             return words if n_ctx <= _MOST_WORDS else None
         ids = clip.tokenizer.encode(f" {behind}")
         expected = clip.token_embedding[ids]
