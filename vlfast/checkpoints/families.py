@@ -41,15 +41,14 @@ _FROZEN = re.compile(
 class Family:
     """Files with the same tensors.
 
-    title: for messages. kinds: of our prompts. registered: the name of the folder, which the
-    authors' trainer gives its model. recipes: whose prompts these can be, the likeliest first.
-    prefix: of the prompt learner's own tensors. known: tells the family by the names of the
-    tensors. options: what the shapes say of PromptsConfig. deep: what the context of deeper blocks
-    is called, and the number of the first. unused: tensors that the authors' own model never reads.
+    title: for messages. registered: the name of the folder, which the authors' trainer gives its
+    model. recipes: whose prompts these can be, the likeliest first. prefix: of the prompt learner's
+    own tensors. known: tells the family by the names of the tensors. options: what the shapes say
+    of PromptsConfig. deep: what the context of deeper blocks is called, and the number of the
+    first. unused: tensors that the authors' own model never reads.
     """
 
     title: str
-    kinds: tuple[str, ...]
     registered: str
     recipes: tuple[str, ...]
     prefix: str
@@ -151,13 +150,11 @@ def _starts(keys: Collection[str], start: str) -> bool:
 
 
 _KDPL = ("kdpl", "kdpl-ca")
-_CONTEXT = ("shared", "class_specific")
 
 # The first that knows a file's tensors has it.
 FAMILIES: tuple[Family, ...] = (
     Family(
         title="PromptKD",
-        kinds=("visual",),
         registered="VLPromptLearner",
         recipes=("promptkd",),
         prefix="",
@@ -166,7 +163,6 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         title="MaPLe",
-        kinds=("coupled",),
         registered="MultiModalPromptLearner",
         recipes=("maple", *_KDPL),
         prefix="prompt_learner.",
@@ -176,7 +172,6 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         title="PromptSRC",
-        kinds=("independent",),
         registered="VLPromptLearner",
         recipes=("promptsrc", "ivlp", *_KDPL),
         prefix="prompt_learner.",
@@ -187,7 +182,6 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         title="IVLP",
-        kinds=("independent",),
         registered="VLPromptLearner",
         recipes=("ivlp", "promptsrc", *_KDPL),
         prefix="prompt_learner.",
@@ -196,7 +190,6 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         title="VPT",
-        kinds=("visual",),
         registered="prompt_learner",
         recipes=("vpt", *_KDPL),
         prefix="",
@@ -205,7 +198,6 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         title="MoPD",
-        kinds=_CONTEXT,
         registered="prompt_learner",
         recipes=("mopd",),
         prefix="",
@@ -214,7 +206,6 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         title="CoCoOp",
-        kinds=("conditional",),
         registered="prompt_learner",
         recipes=("cocoop", *_KDPL),
         prefix="",
@@ -223,7 +214,6 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         title="KgCoOp",
-        kinds=_CONTEXT,
         registered="prompt_learner",
         recipes=("kgcoop",),
         prefix="",
@@ -233,7 +223,6 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         title="CoOp",
-        kinds=_CONTEXT,
         registered="prompt_learner",
         recipes=("coop", "kgcoop", "prograd", "plpp", "mopd", "sipd", *_KDPL),
         prefix="",

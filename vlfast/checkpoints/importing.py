@@ -36,6 +36,7 @@ from vlfast.trainers.device import resolve_device
 from vlfast.trainers.run_folder import RunFolder
 from vlfast.version import __version__
 
+_MISSING = {"model": "CLIP", "data": "dataset"}
 _OF_THE_FILE = ("kind", "n_ctx", "depth", "n_visual", "visual_depth", "projector", "class_features")
 
 
@@ -82,9 +83,6 @@ def import_checkpoint(
     name = _recipe(family, recipe, checkpoint.file)
     config, clip, dataset = resolve_given(name, model, data, given)
     return _make_run(config, clip, dataset, checkpoint, family)
-
-
-_MISSING = {"model": "CLIP", "data": "dataset"}
 
 
 def _recipe(family: Family, asked: str | None, file: Path) -> str:
