@@ -9,6 +9,8 @@ from vlfast.ops import gated_mixture_loss, plpp_loss, plpp_terms, symmetric_kl_l
 from vlfast.version import __version__
 
 if TYPE_CHECKING:
+    from vlfast.checkpoints.exporting import export_checkpoint
+    from vlfast.checkpoints.importing import import_checkpoint
     from vlfast.clip.models import ClipModel, load_clip, wrap_clip
     from vlfast.clip.text_tower import TextTower
     from vlfast.data.catalog import load_dataset
@@ -27,8 +29,10 @@ __all__ = [
     "VisionTower",
     "VlfastError",
     "__version__",
+    "export_checkpoint",
     "fit",
     "gated_mixture_loss",
+    "import_checkpoint",
     "load",
     "load_clip",
     "load_dataset",
@@ -51,6 +55,8 @@ _LAZY = {
     "Dataset": "vlfast.data.dataset",
     "Split": "vlfast.data.dataset",
     "VlfastError": "vlfast.errors",
+    "export_checkpoint": "vlfast.checkpoints.exporting",
+    "import_checkpoint": "vlfast.checkpoints.importing",
     "Prediction": "vlfast.run",
     "Run": "vlfast.run",
     "fit": "vlfast.run",

@@ -33,7 +33,7 @@ from vlfast.trainers.context_history import FILE as CONTEXTS
 from vlfast.trainers.fit import OnStep
 from vlfast.trainers.images import TEST_BATCH, view_config
 from vlfast.trainers.recipes import resolve_config
-from vlfast.trainers.run_folder import CHECKPOINTS, PREDICTIONS, RunFolder
+from vlfast.trainers.run_folder import CHECKPOINTS, IMPORTED, PREDICTIONS, RunFolder
 from vlfast.training import plan_training
 
 # What ``save`` copies besides the config.
@@ -150,7 +150,7 @@ class Run:
         target = RunFolder(path)
         target.start(self.config)
         tensors = [f"{name}.safetensors" for name in KEPT]
-        for name in [*tensors, "metrics.jsonl", "result.json"]:
+        for name in [*tensors, "metrics.jsonl", "result.json", IMPORTED]:
             if (self.folder.path / name).is_file():
                 shutil.copyfile(self.folder.path / name, target.path / name)
         return target.path
@@ -232,9 +232,11 @@ def resume(
 ) -> Run:
     """Go on with a run after its last finished epoch; a finished run is only loaded.
 
-    clip, dataset: those of a run that was trained on your own.
+    clip, dataset: those of a run that was trained on your own. Raises VlfastError for an imported
+    run.
     """
     folder = RunFolder(path)
+    folder.check_resumable()
     config = folder.read_config()
     config.output = str(path)
     if folder.finished:

@@ -19,6 +19,7 @@ COMMANDS = (
     "evaluate",
     "predict",
     "interpret",
+    "checkpoint",
     "cost",
     "demo",
     "recipes",

@@ -21,6 +21,7 @@ from vlfast.trainers.files import replacing
 FORMAT = "vlfast-1"
 CHECKPOINTS = ("last", "best")
 PREDICTIONS = "predictions"  # of last, for every test image
+IMPORTED = "imported.json"  # in the folder of a run that others trained: where it came from
 
 
 class RunFolder:
@@ -38,10 +39,16 @@ class RunFolder:
     def finished(self) -> bool:
         return (self.path / "result.json").is_file()
 
+    @property
+    def imported(self) -> bool:
+        return (self.path / IMPORTED).is_file()
+
     def check_free(self) -> None:
         """Raise VlfastError if the folder holds a run."""
         if not self.started:
             return
+        if self.imported:
+            raise VlfastError(f"output: {self.path} holds an imported run; choose another folder")
         if self.finished:
             raise VlfastError(f"output: {self.path} holds a finished run; choose another folder")
         raise VlfastError(
@@ -113,6 +120,19 @@ class RunFolder:
         with replacing(self.path / "metrics.jsonl") as path:
             path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
+    def write_imported(self, about: Mapping[str, Any]) -> None:
+        """Say where a run that others trained came from."""
+        with replacing(self.path / IMPORTED) as path:
+            path.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+    def check_resumable(self) -> None:
+        """Raise VlfastError for a run that was trained elsewhere."""
+        if self.imported:
+            raise VlfastError(
+                f"resume: {self.path} was imported and has no training state to go on from; "
+                "`vlfast evaluate` tests it, `vlfast train` trains one of its kind"
+            )
+
     def write_result(self, result: Mapping[str, Any]) -> None:
         with replacing(self.path / "result.json") as path:
             path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -120,7 +140,8 @@ class RunFolder:
     def read_result(self) -> dict[str, Any]:
         file = self.path / "result.json"
         if not file.is_file():
-            raise FileNotFoundError(f"run: {self.path} has no result.json, it is not finished")
+            why = "it was imported; evaluate it" if self.imported else "it is not finished"
+            raise FileNotFoundError(f"run: {self.path} has no result.json, {why}")
         return json.loads(file.read_text(encoding="utf-8"))
 
 
