@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from vlfast.data.dataset import Dataset
+from vlfast.data.dictionary import read_classnames
 from vlfast.data.layouts import LAYOUTS, layout_of
 from vlfast.errors import VlfastError, unknown_name
 
@@ -12,7 +15,7 @@ _OWN = {
     "csv": "a CSV file of paths and labels, or the folder of train.csv and test.csv",
     "unlabelled": "the folder of your images, or a file that lists them",
 }
-_TORCHVISION = "torchvision/"
+TORCHVISION = "torchvision/"
 
 
 def dataset_names() -> list[str]:
@@ -29,19 +32,22 @@ def canonical_name(name: str) -> str:
     return name if layout is None else layout.name
 
 
-def load_dataset(name: str, root: str | None = None, classnames: str | None = None) -> Dataset:
+def load_dataset(
+    name: str, root: str | None = None, classnames: str | Sequence[str] | None = None
+) -> Dataset:
     """The whole dataset, every class and image.
 
     name: "glyphs/THEME"; one of the papers' (``vlfast.data.layouts``), whose folder stands below
     ``root``; "torchvision/CLASS" with torchvision's ``root``; or your own images: "folder", "csv",
-    "unlabelled". classnames: a file of class names, for images that come without.
+    "unlabelled". classnames: a file of class names, or the names, for images that come without.
 
     Raises UnknownNameError for an unknown name (with the nearest), VlfastError for what is missing.
     """
     name = canonical_name(name)
-    if name not in dataset_names() and not name.startswith(_TORCHVISION):
-        raise unknown_name("dataset", name, [*dataset_names(), f"{_TORCHVISION}CIFAR10"])
-    if classnames is not None and name not in ("csv", "unlabelled"):
+    if name not in dataset_names() and not name.startswith(TORCHVISION):
+        raise unknown_name("dataset", name, [*dataset_names(), f"{TORCHVISION}CIFAR10"])
+    of_torchvision = name.startswith(TORCHVISION)
+    if classnames is not None and name not in ("csv", "unlabelled") and not of_torchvision:
         raise VlfastError(f"data.classnames: {name} has class names of its own")
     if name.startswith("glyphs/"):
         from vlfast.data.glyphs import load_theme
@@ -54,10 +60,12 @@ def load_dataset(name: str, root: str | None = None, classnames: str | None = No
         from vlfast.data.coop import load_coop
 
         return load_coop(LAYOUTS[name], root)
-    if name.startswith(_TORCHVISION):
+    if isinstance(classnames, str):
+        classnames = read_classnames(classnames)
+    if of_torchvision:
         from vlfast.data.torchvision_data import load_torchvision
 
-        return load_torchvision(name.removeprefix(_TORCHVISION), root)
+        return load_torchvision(name.removeprefix(TORCHVISION), root, classnames)
     if name == "csv":
         from vlfast.data.csv_table import load_csv
 
@@ -65,6 +73,11 @@ def load_dataset(name: str, root: str | None = None, classnames: str | None = No
     if name == "unlabelled":
         from vlfast.data.unlabelled import load_unlabelled
 
+        if classnames is None:
+            raise VlfastError(
+                "data.classnames: images without labels need class names: give a file with one a "
+                "line, or a dictionary to learn from (--data.dictionary, recipe kdpl-ca)"
+            )
         return load_unlabelled(root, classnames)
     from vlfast.data.folder import load_folder
 

@@ -1,15 +1,21 @@
-"""Your own images: root/train/CLASS/*, root/test/CLASS/* and, if you have it, root/val/CLASS/*."""
+"""Your own images: root/train/CLASS/*, root/test/CLASS/* and, if you have it, root/val/CLASS/*; or
+root/CLASS/* with the root/split.json that `vlfast data split` wrote."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from vlfast.data.dataset import Dataset, Split
+from vlfast.data.dataset import UNKNOWN, Dataset, Split
+from vlfast.data.split_json import read_split
 from vlfast.errors import VlfastError
+
+SPLIT_FILE = "split.json"
+TEMPLATE = "a photo of a {}."
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
 
@@ -47,26 +53,69 @@ class FileImages:
         return self.names[index]
 
 
+def images_below(folder: Path, root: Path) -> list[str]:
+    """The image files in a folder and the folders in it, sorted, relative to ``root``; what begins
+    with a dot is tools' own."""
+    return sorted(
+        path.relative_to(root).as_posix()
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+
+def first_missing(root: Path, names: Sequence[str], most: int = 1000) -> str | None:
+    """The first of ``names`` that is no file below ``root``, or None; of more than ``most`` only as
+    many are looked for, evenly over all of them."""
+    step = -(-len(names) // most) or 1
+    return next((name for name in names[::step] if not (root / name).is_file()), None)
+
+
+def classnames_of(folders: Sequence[str], where: Path) -> tuple[str, ...]:
+    """Class names from those of folders: underscores become spaces. VlfastError where two become
+    the same."""
+    classnames = tuple(name.replace("_", " ") for name in folders)
+    if twice := [name for name, count in Counter(classnames).items() if count > 1]:
+        raise VlfastError(
+            f"data.root: several folders of {where} stand for the class {twice[0]!r}, "
+            "since underscores become spaces"
+        )
+    return classnames
+
+
+def class_folders(folder: Path) -> list[str]:
+    """Names of the folders in a folder, sorted; those that begin with a dot are tools' own."""
+    return sorted(
+        entry.name
+        for entry in folder.iterdir()
+        if entry.is_dir() and not entry.name.startswith(".")
+    )
+
+
 def load_folder(root: str | Path) -> Dataset:
     """A dataset from folders named by class; underscores in their names become spaces.
 
-    The classes are the folders of ``train``, sorted. Without ``val`` there is no validation split.
+    With root/split.json (``vlfast data split``) it says which images are for training. Else the
+    classes are the folders of ``train``, sorted, and without ``val`` there is no validation split.
+    A ``train`` that holds images and no folders has no labels; its classes are those of ``test``.
     Raises VlfastError saying what is missing.
     """
     root = Path(root)
+    if (root / SPLIT_FILE).is_file():
+        return _load_split(root)
+    if not (root / "train").is_dir() and not (root / "test").is_dir():
+        _refuse_unsplit(root)
     for part in ("train", "test"):
         if not (root / part).is_dir():
             raise VlfastError(f"data.root: expected a folder {root / part} with one folder a class")
-    classes = sorted(_class_folders(root / "train"))
+    classes = class_folders(root / "train")
+    unlabelled = not classes and bool(images_below(root / "train", root))
+    if unlabelled:
+        classes = class_folders(root / "test")
     if not classes:
-        raise VlfastError(f"data.root: {root / 'train'} has no class folders")
-
-    classnames = tuple(name.replace("_", " ") for name in classes)
-    if twice := [name for name, count in Counter(classnames).items() if count > 1]:
-        raise VlfastError(
-            f"data.root: several folders of {root / 'train'} stand for the class {twice[0]!r}, "
-            "since underscores become spaces"
-        )
+        where = root / ("test" if unlabelled else "train")
+        raise VlfastError(f"data.root: {where} has no class folders")
+    classnames = classnames_of(classes, root / ("test" if unlabelled else "train"))
 
     names: list[str] = []
     splits = {}
@@ -74,17 +123,16 @@ def load_folder(root: str | Path) -> Dataset:
         first = len(names)
         labels: list[int] = []
         folder = root / part
-        if folder.is_dir():
-            if extra := _class_folders(folder) - set(classes):
+        if part == "train" and unlabelled:
+            names += images_below(folder, root)
+            labels += [UNKNOWN] * (len(names) - first)
+        elif folder.is_dir():
+            if extra := set(class_folders(folder)) - set(classes):
                 raise VlfastError(
                     f"data.root: {folder} has classes that train lacks: {', '.join(sorted(extra))}"
                 )
             for label, name in enumerate(classes):
-                found = sorted(
-                    path.relative_to(root).as_posix()
-                    for path in (folder / name).rglob("*")
-                    if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-                )
+                found = images_below(folder / name, root)
                 names += found
                 labels += [label] * len(found)
         splits[part] = (np.arange(first, len(names)), np.array(labels, dtype=np.int64))
@@ -96,15 +144,32 @@ def load_folder(root: str | Path) -> Dataset:
     return Dataset(
         name="folder",
         classnames=classnames,
-        template="a photo of a {}.",
+        template=TEMPLATE,
         **{part: Split(source, *found) for part, found in splits.items()},
     )
 
 
-def _class_folders(folder: Path) -> set[str]:
-    """Names of the folders in a folder; those that begin with a dot are tools' own."""
-    return {
-        entry.name
-        for entry in folder.iterdir()
-        if entry.is_dir() and not entry.name.startswith(".")
-    }
+def _refuse_unsplit(root: Path) -> None:
+    """Raise VlfastError for class folders that nothing has split yet."""
+    if root.is_dir() and any(images_below(root / name, root) for name in class_folders(root)):
+        raise VlfastError(
+            f"data.root: {root} has class folders, but nothing says which images are for training; "
+            f"`vlfast data split {root} --test 0.2 --val 0.1 --seed 1` draws them once and for all"
+        )
+
+
+def _load_split(root: Path) -> Dataset:
+    split = read_split(root / SPLIT_FILE)
+    names = [path for rows in split.rows.values() for path, _ in rows]
+    if (missing := first_missing(root, names)) is not None:
+        raise VlfastError(
+            f"data.root: {root / SPLIT_FILE} names {missing}, which is not in {root}; "
+            f"`vlfast data check folder --root {root}` lists all that are missing"
+        )
+    source = FileImages(root, names)
+    splits, first = {}, 0
+    for part, rows in split.rows.items():
+        labels = np.array([label for _, label in rows], dtype=np.int64)
+        splits[part] = Split(source, np.arange(first, first + len(rows)), labels)
+        first += len(rows)
+    return Dataset(name="folder", classnames=split.classnames, template=TEMPLATE, **splits)
