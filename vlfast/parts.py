@@ -62,7 +62,7 @@ def load_parts(
 
 
 def _absolute(path: str | None) -> str | None:
-    return None if path is None else str(Path(path).absolute())
+    return None if path is None else str(Path(path).expanduser().absolute())
 
 
 def recorded_clip(config: Config, device: torch.device) -> ClipModel:

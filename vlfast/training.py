@@ -149,6 +149,7 @@ class Plan:
                 "fingerprint": self.fingerprint,
                 "classes": self.drawn.num_classes,
                 "images": {name: len(split) for name, split in splits.items()},
+                "few_shot": self.drawn.few_shot_from,
             },
             "seed": self.config.seed,
             "device": _device_name(self.accelerator.device),

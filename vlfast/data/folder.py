@@ -11,10 +11,9 @@ import numpy as np
 from PIL import Image
 
 from vlfast.data.dataset import UNKNOWN, Dataset, Split
-from vlfast.data.split_json import read_split
+from vlfast.data.split_file import OWN_SPLIT, read_split_file
 from vlfast.errors import VlfastError
 
-SPLIT_FILE = "split.json"
 TEMPLATE = "a photo of a {}."
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
@@ -39,7 +38,7 @@ class FileImages:
 
     renders_views = False
 
-    def __init__(self, root: Path, names: list[str]) -> None:
+    def __init__(self, root: Path, names: Sequence[str]) -> None:
         self.root = root
         self.names = names
 
@@ -101,7 +100,7 @@ def load_folder(root: str | Path) -> Dataset:
     Raises VlfastError saying what is missing.
     """
     root = Path(root)
-    if (root / SPLIT_FILE).is_file():
+    if (root / OWN_SPLIT).is_file():
         return _load_split(root)
     if not (root / "train").is_dir() and not (root / "test").is_dir():
         _refuse_unsplit(root)
@@ -159,17 +158,16 @@ def _refuse_unsplit(root: Path) -> None:
 
 
 def _load_split(root: Path) -> Dataset:
-    split = read_split(root / SPLIT_FILE)
-    names = [path for rows in split.rows.values() for path, _ in rows]
-    if (missing := first_missing(root, names)) is not None:
-        raise VlfastError(
-            f"data.root: {root / SPLIT_FILE} names {missing}, which is not in {root}; "
-            f"`vlfast data check folder --root {root}` lists all that are missing"
-        )
-    source = FileImages(root, names)
-    splits, first = {}, 0
-    for part, rows in split.rows.items():
-        labels = np.array([label for _, label in rows], dtype=np.int64)
-        splits[part] = Split(source, np.arange(first, first + len(rows)), labels)
-        first += len(rows)
-    return Dataset(name="folder", classnames=split.classnames, template=TEMPLATE, **splits)
+    listed, classnames = read_split_file(root / OWN_SPLIT, "")
+    if not len(listed["test"].names):
+        raise VlfastError(f"data.root: {root / OWN_SPLIT} names no test image")
+    splits = {}
+    for part, images in listed.items():
+        if (missing := first_missing(root, images.names)) is not None:
+            raise VlfastError(
+                f"data.root: {root / OWN_SPLIT} names {missing}, which is not in {root}; "
+                f"`vlfast data check folder --root {root}` lists all that are missing"
+            )
+        source = FileImages(root, images.names)
+        splits[part] = Split(source, np.arange(len(images.names)), images.labels)
+    return Dataset(name="folder", classnames=classnames, template=TEMPLATE, **splits)

@@ -7,7 +7,8 @@ import os
 import random
 from pathlib import Path
 
-from vlfast.data.folder import SPLIT_FILE, class_folders, classnames_of, images_below
+from vlfast.data.folder import class_folders, classnames_of, images_below
+from vlfast.data.split_file import OWN_SPLIT
 from vlfast.errors import VlfastError
 
 
@@ -33,7 +34,7 @@ def split_folder(
         )
     if not root.is_dir():
         raise VlfastError(f"split: there is no folder {root}")
-    file = root / SPLIT_FILE
+    file = root / OWN_SPLIT
     if file.exists() and not overwrite:
         raise VlfastError(
             f"split: {file} is there already, and runs may depend on it; --overwrite draws anew"
@@ -66,7 +67,7 @@ def split_folder(
         }
         for part, names in drawn.items():
             parts[part] += [(name, label, classnames[label]) for name in sorted(names)]
-    aside = file.with_name(f".{SPLIT_FILE}.{os.getpid()}")
+    aside = file.with_name(f".{OWN_SPLIT}.{os.getpid()}")
     try:
         aside.write_text(json.dumps(parts, ensure_ascii=False, indent=0), encoding="utf-8")
         os.replace(aside, file)

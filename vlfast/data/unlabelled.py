@@ -9,6 +9,7 @@ import numpy as np
 
 from vlfast.data.dataset import UNKNOWN, Dataset, Split
 from vlfast.data.folder import TEMPLATE, FileImages, first_missing, images_below
+from vlfast.data.text_lines import read_lines
 from vlfast.errors import VlfastError
 
 
@@ -41,19 +42,13 @@ def load_unlabelled(root: str | Path, classnames: Sequence[str]) -> Dataset:
 
 
 def _listed(file: Path) -> list[str]:
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise VlfastError(
-            f"data.root: expected a folder, or a list of images in UTF-8, got {file} ({error})"
-        ) from error
-    numbers = {line.strip(): number for number, line in reversed(list(enumerate(lines, start=1)))}
-    names = [name for name in dict.fromkeys(line.strip() for line in lines) if name]
-    if not names:
-        raise VlfastError(f"data.root: {file} lists no image")
+    number_of: dict[str, int] = {}
+    for number, name in read_lines(file):
+        number_of.setdefault(name, number)
+    names = list(number_of)
     if (missing := first_missing(file.parent, names)) is not None:
         raise VlfastError(
-            f"data.root: line {numbers[missing]} of {file}: there is no image {missing!r}, looked "
+            f"data.root: line {number_of[missing]} of {file}: there is no image {missing!r}, looked "
             f"for in {file.parent}"
         )
     return names
