@@ -10,12 +10,12 @@ from vlfast.data.layouts import LAYOUTS, layout_of
 from vlfast.errors import VlfastError, unknown_name
 
 # What is given by a folder or file of the user's.
-_OWN = {
+OWN = {
     "folder": "the folder of your images",
     "csv": "a CSV file of paths and labels, or the folder of train.csv and test.csv",
     "unlabelled": "the folder of your images, or a file that lists them",
 }
-TORCHVISION = "torchvision/"
+_TORCHVISION = "torchvision/"
 
 
 def dataset_names() -> list[str]:
@@ -23,7 +23,7 @@ def dataset_names() -> list[str]:
     torchvision.datasets."""
     from vlfast.data.glyphs import THEMES
 
-    return [*(f"glyphs/{theme}" for theme in THEMES), *LAYOUTS, *_OWN]
+    return [*(f"glyphs/{theme}" for theme in THEMES), *LAYOUTS, *OWN]
 
 
 def canonical_name(name: str) -> str:
@@ -44,9 +44,9 @@ def load_dataset(
     Raises UnknownNameError for an unknown name (with the nearest), VlfastError for what is missing.
     """
     name = canonical_name(name)
-    if name not in dataset_names() and not name.startswith(TORCHVISION):
-        raise unknown_name("dataset", name, [*dataset_names(), f"{TORCHVISION}CIFAR10"])
-    of_torchvision = name.startswith(TORCHVISION)
+    if name not in dataset_names() and not name.startswith(_TORCHVISION):
+        raise unknown_name("dataset", name, [*dataset_names(), f"{_TORCHVISION}CIFAR10"])
+    of_torchvision = name.startswith(_TORCHVISION)
     if classnames is not None and name not in ("csv", "unlabelled") and not of_torchvision:
         raise VlfastError(f"data.classnames: {name} has class names of its own")
     if name.startswith("glyphs/"):
@@ -54,7 +54,7 @@ def load_dataset(
 
         return load_theme(name.removeprefix("glyphs/"))
     if root is None:
-        wanted = _OWN.get(name, "the folder that it lies in")
+        wanted = OWN.get(name, "the folder that it lies in")
         raise VlfastError(f"data.root: the dataset {name!r} needs {wanted}")
     if name in LAYOUTS:
         from vlfast.data.coop import load_coop
@@ -65,7 +65,7 @@ def load_dataset(
     if of_torchvision:
         from vlfast.data.torchvision_data import load_torchvision
 
-        return load_torchvision(name.removeprefix(TORCHVISION), root, classnames)
+        return load_torchvision(name.removeprefix(_TORCHVISION), root, classnames)
     if name == "csv":
         from vlfast.data.csv_table import load_csv
 

@@ -107,7 +107,8 @@ def _check_complete(layout: Layout, folder: Path) -> None:
             )
 
 
-def _remedy(layout: Layout) -> str:
+def remedy_of(layout: Layout) -> str:
+    """Where the files come from that the images do not bring along."""
     if layout.split_file is not None:
         return (
             f"CoOp's DATASETS.md, section {layout.title}, has the link (a split drawn anew would "
@@ -142,11 +143,11 @@ def _check_images(layout: Layout, folder: Path, listed: dict[str, Listed]) -> No
                 raise VlfastError(
                     f"data.root: {layout.split_file or f'images_variant_{part}.txt'} lists an "
                     f"image of {part} that is not there: {folder / name}; "
-                    f"{_where_it_is(layout, folder, name)}"
+                    f"{where_it_is(layout, folder, name)}"
                 )
 
 
-def _where_it_is(layout: Layout, folder: Path, name: str) -> str:
+def where_it_is(layout: Layout, folder: Path, name: str) -> str:
     """What to put right, where the image is found nearby."""
     images = folder / layout.images
     inner = name.removeprefix(f"{layout.images}/")

@@ -31,14 +31,16 @@ class _Row:
         return f"line {self.line} of {self.file}"
 
 
-def load_csv(root: str | Path, classnames: Sequence[str] | None = None) -> Dataset:
+def load_csv(
+    root: str | Path, classnames: Sequence[str] | None = None, *, look: bool = True
+) -> Dataset:
     """A dataset from tables in UTF-8 with a header, its columns in any order.
 
     root: a folder with train.csv, test.csv and, if you have it, val.csv (columns path and label),
     or one .csv with a third column, split (train, val or test). Paths are absolute or relative to
     the table's folder. Labels are class names, or integers that count ``classnames`` from 0.
-    Without ``classnames`` the classes are the names that occur, sorted. Raises VlfastError naming
-    the line, or FileNotFoundError.
+    Without ``classnames`` the classes are the names that occur, sorted. look: whether (some
+    of) the images are looked for. Raises VlfastError naming the line, or FileNotFoundError.
     """
     root = Path(root)
     if root.is_dir():
@@ -60,7 +62,7 @@ def load_csv(root: str | Path, classnames: Sequence[str] | None = None) -> Datas
     names = tuple(classnames) if classnames is not None else _names_in(rows)
     labels = _labels(rows, names)
     paths = [row.path for row in rows]
-    if (missing := first_missing(folder, paths)) is not None:
+    if look and (missing := first_missing(folder, paths)) is not None:
         where = rows[paths.index(missing)].where
         raise VlfastError(
             f"data.root: {where}: there is no image {missing!r}, looked for in {folder}"

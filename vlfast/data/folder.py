@@ -91,17 +91,18 @@ def class_folders(folder: Path) -> list[str]:
     )
 
 
-def load_folder(root: str | Path) -> Dataset:
+def load_folder(root: str | Path, *, look: bool = True) -> Dataset:
     """A dataset from folders named by class; underscores in their names become spaces.
 
     With root/split.json (``vlfast data split``) it says which images are for training. Else the
     classes are the folders of ``train``, sorted, and without ``val`` there is no validation split.
     A ``train`` that holds images and no folders has no labels; its classes are those of ``test``.
-    Raises VlfastError saying what is missing.
+    look: whether (some of) the images that split.json names are looked for. Raises VlfastError
+    saying what is missing.
     """
     root = Path(root)
     if (root / OWN_SPLIT).is_file():
-        return _load_split(root)
+        return _load_split(root, look)
     if not (root / "train").is_dir() and not (root / "test").is_dir():
         _refuse_unsplit(root)
     for part in ("train", "test"):
@@ -157,13 +158,13 @@ def _refuse_unsplit(root: Path) -> None:
         )
 
 
-def _load_split(root: Path) -> Dataset:
+def _load_split(root: Path, look: bool) -> Dataset:
     listed, classnames = read_split_file(root / OWN_SPLIT, "")
     if not len(listed["test"].names):
         raise VlfastError(f"data.root: {root / OWN_SPLIT} names no test image")
     splits = {}
     for part, images in listed.items():
-        if (missing := first_missing(root, images.names)) is not None:
+        if look and (missing := first_missing(root, images.names)) is not None:
             raise VlfastError(
                 f"data.root: {root / OWN_SPLIT} names {missing}, which is not in {root}; "
                 f"`vlfast data check folder --root {root}` lists all that are missing"

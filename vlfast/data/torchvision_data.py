@@ -97,9 +97,12 @@ def load_torchvision(
     )
 
 
-def torchvision_class(cls: str) -> Callable[..., Any]:
-    """The class of that name. Raises UnknownNameError, or VlfastError for one that takes other
-    arguments than a root and a split."""
+def torchvision_class(cls: str, *, split: bool = True) -> Callable[..., Any]:
+    """The class of that name. split: whether it must have training and test images apart.
+
+    Raises UnknownNameError, or VlfastError for one that takes other arguments than a root and a
+    split.
+    """
     if cls not in datasets.__all__:
         raise unknown_name("dataset", f"torchvision/{cls}", _usable())
     found = getattr(datasets, cls)
@@ -108,7 +111,7 @@ def torchvision_class(cls: str) -> Callable[..., Any]:
             f"data.name: torchvision/{cls} needs {', '.join(needed)}, which vlfast can't know; "
             "write its images into folders (--data folder) or a table (--data csv)"
         )
-    if not _takes_split(found):
+    if split and not _takes_split(found):
         raise VlfastError(
             f"data.name: torchvision/{cls} has no training and test split; put its images into "
             "folders by class, and `vlfast data split` draws one for --data folder"

@@ -13,12 +13,13 @@ from vlfast.data.text_lines import read_lines
 from vlfast.errors import VlfastError
 
 
-def load_unlabelled(root: str | Path, classnames: Sequence[str]) -> Dataset:
+def load_unlabelled(root: str | Path, classnames: Sequence[str], *, look: bool = True) -> Dataset:
     """Training images whose labels are unknown, and no others.
 
     root: a folder, whose images are taken wherever they lie in it, or a text file in UTF-8 that
     lists images, one path a line, absolute or relative to the file's folder. classnames: what they
-    may show. Raises VlfastError, or FileNotFoundError for a missing ``root``.
+    may show. look: whether (some of) the listed images are looked for. Raises VlfastError, or
+    FileNotFoundError for a missing ``root``.
     """
     root = Path(root)
     if root.is_dir():
@@ -26,7 +27,7 @@ def load_unlabelled(root: str | Path, classnames: Sequence[str]) -> Dataset:
         if not names:
             raise VlfastError(f"data.root: no images under {root}")
     elif root.is_file():
-        folder, names = root.parent, _listed(root)
+        folder, names = root.parent, _listed(root, look)
     else:
         raise FileNotFoundError(f"data.root: there is no folder or list of images {root}")
     source = FileImages(folder, names)
@@ -41,14 +42,14 @@ def load_unlabelled(root: str | Path, classnames: Sequence[str]) -> Dataset:
     )
 
 
-def _listed(file: Path) -> list[str]:
+def _listed(file: Path, look: bool) -> list[str]:
     number_of: dict[str, int] = {}
     for number, name in read_lines(file):
         number_of.setdefault(name, number)
     names = list(number_of)
-    if (missing := first_missing(file.parent, names)) is not None:
+    if look and (missing := first_missing(file.parent, names)) is not None:
         raise VlfastError(
-            f"data.root: line {number_of[missing]} of {file}: there is no image {missing!r}, looked "
-            f"for in {file.parent}"
+            f"data.root: line {number_of[missing]} of {file}: there is no image {missing!r}, "
+            f"looked for in {file.parent}"
         )
     return names
