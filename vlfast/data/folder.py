@@ -67,7 +67,8 @@ def first_missing(root: Path, names: Sequence[str], most: int = 1000) -> str | N
     """The first of ``names`` that is no file below ``root``, or None; of more than ``most`` only as
     many are looked for, evenly over all of them."""
     step = -(-len(names) // most) or 1
-    return next((name for name in names[::step] if not (root / name).is_file()), None)
+    looked_for = (names[i] for i in range(0, len(names), step))
+    return next((name for name in looked_for if not (root / name).is_file()), None)
 
 
 def classnames_of(folders: Sequence[str], where: Path) -> tuple[str, ...]:
