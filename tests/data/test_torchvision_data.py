@@ -2,6 +2,7 @@
 
 import inspect
 import pickle
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from vlfast.data.check import check_dataset
 from vlfast.data.torchvision_data import load_torchvision
 from vlfast.errors import UnknownNameError, VlfastError
 
-CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer"]
+CIFAR10 += ["dog", "frog", "horse", "ship", "truck"]
 
 
 @pytest.fixture
@@ -57,7 +59,7 @@ def test_cifar10(cifar10):
 class Fake:
     """A class of torchvision.datasets with splits by name; counts the images it decodes."""
 
-    sizes = {"train": 6, "val": 3, "test": 4}
+    sizes: ClassVar = {"train": 6, "val": 3, "test": 4}
     decoded = 0
 
     def __init__(self, root, split="train", transform=None, download=False):
