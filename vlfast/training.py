@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from vlfast.clip.models import ClipModel
-from vlfast.data.dataset import Dataset
+from vlfast.data.dataset import Dataset, no_training_images
 from vlfast.data.dictionary import DICTIONARY_TEMPLATE, read_dictionary
 from vlfast.data.templates import prograd_template
 from vlfast.errors import VlfastError
@@ -288,6 +288,8 @@ def _reads_template(config: Config) -> bool:
 def _draw(config: Config, dataset: Dataset) -> tuple[Dataset, str]:
     """What is trained on, and the fingerprint of the images drawn, of all classes."""
     drawn = dataset
+    if config.recipe.epochs and not len(dataset.train):
+        raise VlfastError(no_training_images(dataset))
     if config.data.shots and config.recipe.epochs:
         drawn = drawn.few_shot(config.data.shots, config.seed)
     fingerprint = drawn.fingerprint()

@@ -147,7 +147,7 @@ def _write_split_dataset(folder: Path, images: Path, name: str, counts: dict[str
         "oxford_pets": ("annotations",),
         "stanford_cars": ("devkit",),
     }.get(name, ()):
-        (folder / other).mkdir()
+        (folder / other).mkdir(exist_ok=True)
     if name == "caltech101":  # of no class
         write_image(images / "BACKGROUND_Google/image_0001.jpg")
         write_image(images / "Faces_easy/image_0001.jpg")

@@ -55,6 +55,8 @@ def load_dataset(
         return load_theme(name.removeprefix("glyphs/"))
     if root is None:
         wanted = OWN.get(name, "the folder that it lies in")
+        if name in LAYOUTS:
+            wanted = f"the folder that holds {LAYOUTS[name].folder}"
         raise VlfastError(f"data.root: the dataset {name!r} needs {wanted}")
     if name in LAYOUTS:
         from vlfast.data.coop import load_coop

@@ -18,6 +18,8 @@ from vlfast.data.split_file import read_split_file
 from vlfast.data.templates import dataset_key, own_template
 from vlfast.errors import VlfastError
 
+# What CoOp's DATASETS.md calls those that it does not call by their titles.
+_SECTIONS = {"oxford_flowers": "Flowers102", "dtd": "DTD"}
 # How many images are looked for, besides one of every class.
 _FIRST = 10
 
@@ -111,8 +113,8 @@ def remedy_of(layout: Layout) -> str:
     """Where the files come from that the images do not bring along."""
     if layout.split_file is not None:
         return (
-            f"CoOp's DATASETS.md, section {layout.title}, has the link (a split drawn anew would "
-            "not be the papers', so none is)"
+            f"CoOp's DATASETS.md, section {_SECTIONS.get(layout.name, layout.title)}, has the link "
+            "(a split drawn anew would not be the papers', so none is)"
         )
     if layout.name in IMAGENET_DOMAINS:
         return f"it is a copy of {LAYOUTS['imagenet'].folder}/classnames.txt"

@@ -96,7 +96,7 @@ class Split:
         """The image at ``position`` of this split (see ImageSource.load)."""
         return self.source.load(int(self.indices[position]), view)
 
-    def keys(self) -> list[str]:
+    def image_keys(self) -> list[str]:
         """The names of its images (see ImageSource.key)."""
         return list(map(self.source.key, self.indices.tolist()))
 
@@ -247,7 +247,7 @@ class Dataset:
 
 def hash_split(digest: hashlib._Hash, name: str, split: Split) -> None:
     """Add the names and labels of a split's images."""
-    digest.update(json.dumps([name, split.keys(), split.labels.tolist()]).encode())
+    digest.update(json.dumps([name, split.image_keys(), split.labels.tolist()]).encode())
 
 
 def no_training_images(dataset: Dataset) -> str:

@@ -159,7 +159,7 @@ def _choose(
         return split
     wanted = {name for entry in entries[part] for name in entry.names}
     position_of: dict[str, int] = {}
-    for position, name in enumerate(split.keys()):
+    for position, name in enumerate(split.image_keys()):
         if name in wanted:
             position_of.setdefault(name, position)
     chosen = []
@@ -197,7 +197,7 @@ def _compare_names(file: Path, entries: Sequence[_Entry], dataset: Dataset) -> N
 
 
 def _rows(split: Split) -> list[list[Any]]:
-    return [list(row) for row in zip(split.keys(), split.labels.tolist(), strict=True)]
+    return [list(row) for row in zip(split.image_keys(), split.labels.tolist(), strict=True)]
 
 
 def _hash(dataset: Dataset) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,25 +15,27 @@ class PackedNames(Sequence[str]):
     takes; loader processes share it, and copy nothing when they read."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        block, ends = bytearray(), [0]
+        block, ends = bytearray(), array("q", [0])
         for name in names:
             block += name.encode("utf-8", "surrogateescape")
             ends.append(len(block))
         self._block = bytes(block)
-        self._ends = np.array(ends, dtype=np.int64)
+        self._ends = ends  # of each name, behind a 0
 
     def __len__(self) -> int:
         return len(self._ends) - 1
 
     def __getitem__(self, index: int) -> str:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"names: there are {len(self)}, got index {index}")
-        index %= len(self)
-        start, end = self._ends[index : index + 2].tolist()
-        return self._block[start:end].decode("utf-8", "surrogateescape")
+        if index < 0:
+            index += len(self)
+        if not 0 <= index < len(self):
+            raise IndexError(f"names: there are {len(self)}, so no number {index}")
+        return self._block[self._ends[index] : self._ends[index + 1]].decode(
+            "utf-8", "surrogateescape"
+        )
 
     def __iter__(self) -> Iterator[str]:
-        for start, end in pairwise(self._ends.tolist()):
+        for start, end in pairwise(self._ends):
             yield self._block[start:end].decode("utf-8", "surrogateescape")
 
 
