@@ -28,7 +28,7 @@ def test_folder_of_tables(root):
     assert data.train.labels.tolist() == [1, 0, 1]
     assert data.test.labels.tolist() == [0]
     assert len(data.val) == 0
-    assert data.train.keys() == ["a.png", "sub/b c.jpg", "é.png"]
+    assert data.train.image_keys() == ["a.png", "sub/b c.jpg", "é.png"]
     assert data.train.image(1).size == (36, 40)
 
 

@@ -30,7 +30,7 @@ def test_a_drawn_split(root):
     data = load_folder(root)
     assert data.classnames == ("cat", "school bus")
     assert [s.labels.tolist() for s in (data.val, data.test)] == [[0, 0, 1], [0] * 4 + [1] * 2]
-    keys = [*data.train.keys(), *data.val.keys(), *data.test.keys()]
+    keys = [*data.train.image_keys(), *data.val.image_keys(), *data.test.image_keys()]
     assert len(set(keys)) == len(keys) == 30
     assert all(key.startswith(("cat/", "school_bus/")) for key in keys)
     assert data.test.image(0).mode == "RGB"

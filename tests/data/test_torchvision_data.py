@@ -43,7 +43,7 @@ def test_cifar10(cifar10):
     assert len(data.val) == 0
     assert data.train.image(7).getpixel((0, 0)) == (7, 7, 7)
     assert data.test.image(1).getpixel((3, 5)) == (21, 21, 21)
-    assert data.test.keys() == ["test/0", "test/1", "test/2", "test/3"]
+    assert data.test.image_keys() == ["test/0", "test/1", "test/2", "test/3"]
     assert len(data.few_shot(1, seed=1).train) == 10
     report = check_dataset("torchvision/CIFAR10", cifar10)
     assert (report.state, report.decoded) == ("complete", 24)
@@ -99,7 +99,7 @@ def test_validation_images_test_where_there_are_no_others(fake, tmp_path):
     fake.sizes = {"trainval": 6, "valid": 3}
     data = load_torchvision("DTD", tmp_path)
     assert [len(s) for s in (data.train, data.val, data.test)] == [6, 0, 3]
-    assert data.test.keys()[0] == "test/0"
+    assert data.test.image_keys()[0] == "test/0"
     fake.sizes = {"train": 6}
     with pytest.raises(VlfastError, match="torchvision/DTD has no split for test"):
         load_torchvision("DTD", tmp_path)

@@ -51,7 +51,7 @@ def options(root, recipe, **data):
 
 def test_a_folder(root):
     data = load_dataset("unlabelled", str(root / "images"), str(root / "names.txt"))
-    assert data.train.keys() == [
+    assert data.train.image_keys() == [
         "0.png",
         "2.png",
         "4.png",
@@ -65,12 +65,24 @@ def test_a_folder(root):
     assert len(data.restrict("new").train) == 6
 
 
-def test_a_list(root, tmp_path_factory):
+def test_links_to_folders(root):
+    write_image(root / "elsewhere" / "x.png")
+    (root / "images" / "linked").symlink_to(root / "elsewhere")
+    (root / "images" / "deep" / "loop").symlink_to(root / "images")
+    keys = load_unlabelled(root / "images", NAMES).train.image_keys()
+    assert len(keys) == 7 and "linked/x.png" in keys
+
+
+def test_a_list(root):
     file = root / "list.txt"
     lines = ["images/4.png", "", f"{root}/images/0.png", "images/4.png", "images/deep/er/1.png"]
     file.write_text("\n".join(lines))
     data = load_unlabelled(file, NAMES)
-    assert data.train.keys() == ["images/4.png", f"{root}/images/0.png", "images/deep/er/1.png"]
+    assert data.train.image_keys() == [
+        "images/4.png",
+        f"{root}/images/0.png",
+        "images/deep/er/1.png",
+    ]
     assert data.train.image(1).size == (36, 40)
 
 

@@ -179,7 +179,7 @@ def _load_own(name: str, root: str | Path, classnames: str | None) -> Dataset:
 
 
 def _files_of(split: Split) -> tuple[Path, list[str]]:
-    return split.source.root, [split.source.key(int(i)) for i in split.indices]
+    return split.source.root, split.image_keys()
 
 
 def _expected(layout: Layout) -> dict[str, int]:

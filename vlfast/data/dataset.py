@@ -116,11 +116,10 @@ class Dataset:
     """A classification task.
 
     name: how configs refer to it. classnames: in label order; two classes may share a name, as in
-    ImageNet. template: with one ``{}`` for the
-    class name. train, val, test: the splits; the labels of ``train`` may be unknown, all of them.
-    domains: other test sets with the same classes
-    (unseen styles, other photographers), by name. context_init: the words that a learned context
-    starts from where a recipe says "auto". few_shot_files: subsets that ``few_shot`` takes instead
+    ImageNet. template: with one ``{}`` for the class name. train, val, test: the splits; the labels
+    of ``train`` may be unknown, all of them. domains: other test sets with the same classes (unseen
+    styles, other photographers), by name. context_init: the words that a learned context starts
+    from where a recipe says "auto". few_shot_files: subsets that ``few_shot`` takes instead
     of drawing. few_shot_from: of what ``few_shot`` gave, where it comes from: "drawn", or a file.
     """
 

@@ -3,6 +3,7 @@ root/CLASS/* with the root/split.json that `vlfast data split` wrote."""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,13 +55,21 @@ class FileImages:
 
 def images_below(folder: Path, root: Path) -> list[str]:
     """The image files in a folder and the folders in it, sorted, relative to ``root``; what begins
-    with a dot is tools' own."""
-    return sorted(
-        path.relative_to(root).as_posix()
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    with a dot is tools' own. Links to folders are followed, each folder is read once."""
+    found, seen = [], set()
+    for inner, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if (place := os.path.realpath(inner)) in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        where = Path(inner).relative_to(root)
+        found += [
+            (where / file).as_posix()
+            for file in files
+            if not file.startswith(".") and os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
+        ]
+    return sorted(found)
 
 
 def first_missing(root: Path, names: Sequence[str], most: int = 1000) -> str | None:
