@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -107,7 +108,7 @@ def check_dataset(
                 _decode(report, files, jobs, on_images)
         elif decode:
             _load_all(report, dataset, on_images)
-    except (VlfastError, OSError, ValueError) as error:
+    except (VlfastError, OSError, ValueError, BrokenProcessPool) as error:
         report.problems.append(_line(error))
     return _judged(report)
 
@@ -148,7 +149,7 @@ def check_layout(
             if decode:
                 files = [(folder, images.names) for images in listed.values()]
                 _decode(report, files, jobs, on_images)
-    except (VlfastError, OSError, ValueError) as error:
+    except (VlfastError, OSError, ValueError, BrokenProcessPool) as error:
         report.problems.append(_line(error))
     return _judged(report)
 
@@ -270,8 +271,12 @@ def fault_of(file: str | Path) -> str | None:
             # JPEGs are then decoded at an eighth of their size; every byte is read all the same.
             image.draft("RGB", (64, 64))
             image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return "no image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+    except Exception as error:  # whatever a decoder stumbles over, the image is broken
+        return (
+            "no image"
+            if isinstance(error, Image.UnidentifiedImageError)
+            else str(error) or type(error).__name__
+        )
     return None
 
 
