@@ -13,6 +13,7 @@ from torch import Tensor
 from vlfast.clip.models import ClipModel, load_clip
 from vlfast.data.catalog import load_dataset
 from vlfast.data.dataset import Dataset
+from vlfast.data.dictionary import read_names
 from vlfast.data.templates import POOLS
 from vlfast.errors import UnknownNameError, VlfastError
 from vlfast.prompts import HardPrompt, Prompts, build_prompts
@@ -74,8 +75,14 @@ def recorded_clip(config: Config, device: torch.device) -> ClipModel:
 
 
 def recorded_dataset(config: Config) -> Dataset:
+    data = config.data
+    classnames: str | Sequence[str] | None = data.classnames
+    if data.name == "unlabelled" and classnames is None and data.dictionary is not None:
+        # Without class names the images may show whatever the dictionary has.
+        names = read_names(data.dictionary, "data.dictionary")
+        classnames = tuple(dict.fromkeys(name for _, name in names))
     try:
-        return load_dataset(config.data.name, config.data.root, config.data.classnames)
+        return load_dataset(data.name, data.root, classnames)
     except UnknownNameError as error:
         raise UnknownNameError(
             f"{error}; if the dataset was built in Python, pass it: evaluate(data), "

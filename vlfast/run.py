@@ -87,9 +87,11 @@ class Run:
         data: Dataset | str | None = None,
         *,
         root: str | None = None,
+        classnames: str | Sequence[str] | None = None,
         predictions: ByTest | None = None,
     ) -> dict[str, Any]:
-        """Test it: on its own dataset, or on ``data`` (a Dataset, or a name with its ``root``).
+        """Test it: on its own dataset, or on ``data`` (a Dataset, or a name with its ``root``
+        and, where it comes without, ``classnames``: a file, or the names).
 
         On its own dataset a run trained on base classes is tested base-to-new; on another, with all
         classes (cross-dataset). Percentages; see
@@ -99,7 +101,9 @@ class Run:
         if data is None:
             dataset = self.dataset
         else:
-            dataset = data if isinstance(data, Dataset) else load_dataset(data, root or config.root)
+            dataset = data
+            if not isinstance(data, Dataset):
+                dataset = load_dataset(data, root or config.root, classnames)
             if dataset.name != config.name and config.template is None:
                 classifier = replace_template(classifier, dataset.template)
         classes = config.classes if dataset.name == config.name else "all"
@@ -196,6 +200,9 @@ def resolve_given(
         model = {"name": clip.name, "pretrained": clip.pretrained}
     if dataset is not None:
         data = {"name": dataset.name}
+        if not dataset.labelled:
+            of_data = given.get("data", {})
+            data |= {"shots": of_data.get("shots", 0), "unlabelled": True}
     for section, value in expand_shorthand({"model": model, "data": data}).items():
         if value is not None:
             given[section] = {**given.get(section, {}), **value}

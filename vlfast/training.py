@@ -47,6 +47,7 @@ from vlfast.trainers.distributed import check_batch
 from vlfast.trainers.feature_store import FeatureStore, about_data
 from vlfast.trainers.fit import Fitted, OnStep, fit_prompts
 from vlfast.trainers.gradient_projection import check_projection
+from vlfast.trainers.recipes import check_combination
 from vlfast.trainers.run_folder import PREDICTIONS, RunFolder
 from vlfast.trainers.tensorboard import check_tensorboard
 from vlfast.version import __version__
@@ -181,6 +182,9 @@ def plan_training(
     accelerator = _accelerator(config, clip)
     clip, dataset = load_parts(config, accelerator.device, clip, dataset)
     dataset = _with_words(config, dataset)
+    if not dataset.labelled:
+        config.data.unlabelled = True
+        check_combination(config)
     drawn, fingerprint = _draw(config, dataset)
 
     teacher = load_teacher(config, clip, drawn.classnames, dataset.template)
@@ -192,10 +196,12 @@ def plan_training(
     classifier.tokens.check_fits(config.prompts.n_ctx or 0, clip.text_tower.context_length)
 
     objectives = build_objectives(config.objectives)
-    task = Task(classifier, dataset.name, teacher=teacher, labelled=not config.data.unlabelled)
+    # Where nothing is learned no label is missed: zero-shot CLIP is tested all the same.
+    labelled = not config.data.unlabelled or not config.recipe.epochs
+    task = Task(classifier, dataset.name, teacher=teacher, labelled=labelled)
     if names is not None:
         task = _learn_from_dictionary(task, names, config)
-    _check_task(task, objectives)
+    _check_task(task, objectives, dataset)
     if teacher is not None and table is None and not _learns_from_teacher(task, objectives):
         warnings.warn(
             "teacher: nothing learns from it; --objective teacher replaces the labels, "
@@ -315,13 +321,15 @@ def _learn_from_dictionary(task: Task, names: tuple[str, ...], config: Config) -
     )
 
 
-def _check_task(task: Task, objectives: Sequence[Objective]) -> None:
+def _check_task(task: Task, objectives: Sequence[Objective], dataset: Dataset) -> None:
     for objective in objectives:
         if objective.needs_teacher and task.teacher is None:
             raise VlfastError(f"teacher: the {objective.kind} objective needs one: {TEACHERS}")
         if objective.needs_labels and not task.labelled:
             why = "data.unlabelled: "
-            if task.from_dictionary:
+            if not dataset.labelled:
+                why = f"data: the training images of {dataset.name} have no labels, and "
+            elif task.from_dictionary:
                 why = "data.dictionary: the images' labels are not of its names, and "
             raise VlfastError(
                 f"{why}the {objective.kind} objective needs labels; {objective.without_labels}"

@@ -38,7 +38,7 @@ def load_coop(layout: Layout, root: str | Path) -> Dataset:
     folder = find_folder(layout, root)
     try:
         _check_complete(layout, folder)
-        listed, classnames = _read(layout, folder)
+        listed, classnames = read_listed(layout, folder)
         if layout.name not in ("imagenet", *IMAGENET_DOMAINS):
             _check_images(layout, folder, listed)
     except OSError as error:
@@ -97,7 +97,7 @@ def _near_folder(layout: Layout, root: Path) -> str:
 def _check_complete(layout: Layout, folder: Path) -> None:
     for file in filter(None, (layout.split_file, *layout.needs)):
         if not (folder / file).is_file():
-            raise VlfastError(f"data.root: there is no file {folder / file}; {_remedy(layout)}")
+            raise VlfastError(f"data.root: there is no file {folder / file}; {remedy_of(layout)}")
     parts = ("train", "val") if layout.name == "imagenet" else ("",)
     for part in parts:
         images = folder / layout.images / part
@@ -109,7 +109,8 @@ def _check_complete(layout: Layout, folder: Path) -> None:
             )
 
 
-def _remedy(layout: Layout) -> str:
+def remedy_of(layout: Layout) -> str:
+    """Where the files come from that the images do not bring along."""
     if layout.split_file is not None:
         return (
             f"CoOp's DATASETS.md, section {_SECTIONS.get(layout.name, layout.title)}, has the link "
@@ -122,7 +123,9 @@ def _remedy(layout: Layout) -> str:
     return "it is in data/ of fgvc-aircraft-2013b.tar.gz"
 
 
-def _read(layout: Layout, folder: Path) -> tuple[dict[str, Listed], tuple[str, ...]]:
+def read_listed(layout: Layout, folder: Path) -> tuple[dict[str, Listed], tuple[str, ...]]:
+    """Every image of every split that the dataset has, and the class names in label order; images
+    that files name are not looked for."""
     if layout.split_file is not None:
         return read_split_file(folder / layout.split_file, layout.images)
     others = {
@@ -142,11 +145,11 @@ def _check_images(layout: Layout, folder: Path, listed: dict[str, Listed]) -> No
                 raise VlfastError(
                     f"data.root: {layout.split_file or f'images_variant_{part}.txt'} lists an "
                     f"image of {part} that is not there: {folder / name}; "
-                    f"{_where_it_is(layout, folder, name)}"
+                    f"{where_it_is(layout, folder, name)}"
                 )
 
 
-def _where_it_is(layout: Layout, folder: Path, name: str) -> str:
+def where_it_is(layout: Layout, folder: Path, name: str) -> str:
     """What to put right, where the image is found nearby."""
     images = folder / layout.images
     inner = name.removeprefix(f"{layout.images}/")

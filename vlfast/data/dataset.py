@@ -19,6 +19,8 @@ from vlfast.errors import VlfastError
 ClassSubset = Literal["all", "base", "new"]
 CLASS_SUBSETS: tuple[ClassSubset, ...] = ("all", "base", "new")
 
+UNKNOWN = -1  # the label of an image without one
+
 
 class ImageSource(Protocol):
     """Images by index.
@@ -69,7 +71,8 @@ class FewShotSubsets(Protocol):
 
 @dataclass(frozen=True)
 class Split:
-    """Some images of a source and their labels. ``indices`` and ``labels`` are int64 [N]."""
+    """Some images of a source and their labels. ``indices`` and ``labels`` are int64 [N]; a label
+    is UNKNOWN (-1) where there is none."""
 
     source: ImageSource
     indices: np.ndarray
@@ -113,10 +116,10 @@ class Dataset:
     """A classification task.
 
     name: how configs refer to it. classnames: in label order; two classes may share a name, as in
-    ImageNet. template: with one ``{}`` for the
-    class name. train, val, test: the splits. domains: other test sets with the same classes
-    (unseen styles, other photographers), by name. context_init: the words that a learned context
-    starts from where a recipe says "auto". few_shot_files: subsets that ``few_shot`` takes instead
+    ImageNet. template: with one ``{}`` for the class name. train, val, test: the splits; the labels
+    of ``train`` may be unknown, all of them. domains: other test sets with the same classes (unseen
+    styles, other photographers), by name. context_init: the words that a learned context starts
+    from where a recipe says "auto". few_shot_files: subsets that ``few_shot`` takes instead
     of drawing. few_shot_from: of what ``few_shot`` gave, where it comes from: "drawn", or a file.
     """
 
@@ -140,6 +143,8 @@ class Dataset:
         if self.template.count("{}") != 1:
             raise ValueError(f"template: expected exactly one {{}}, got {self.template!r}")
         for name, split in self.splits().items():
+            if name == "train" and not self.labelled and (split.labels == UNKNOWN).all():
+                continue
             if len(split) and not 0 <= split.labels.min() <= split.labels.max() < self.num_classes:
                 raise ValueError(
                     f"{name}: labels run from {split.labels.min()} to {split.labels.max()}, "
@@ -150,6 +155,11 @@ class Dataset:
     def num_classes(self) -> int:
         return len(self.classnames)
 
+    @property
+    def labelled(self) -> bool:
+        """Whether the labels of the training images are known."""
+        return UNKNOWN not in self.train.labels
+
     def splits(self) -> dict[str, Split]:
         """Every split by name; domains by their own names."""
         return {"train": self.train, "val": self.val, "test": self.test, **self.domains}
@@ -158,7 +168,8 @@ class Dataset:
         """The base half (first ceil(n/2) classes), the new half (the rest), or all of it.
 
         Labels are renumbered from 0, so each half is a closed label set ([CoOp]
-        datasets/oxford_pets.py, base-to-new protocol).
+        datasets/oxford_pets.py, base-to-new protocol). Training images without labels stay, all
+        of them, in either half.
         """
         if classes not in CLASS_SUBSETS:
             raise ValueError(
@@ -173,7 +184,7 @@ class Dataset:
         return replace(
             self,
             classnames=self.classnames[first:last],
-            train=self.train.of_classes(first, last),
+            train=self.train.of_classes(first, last) if self.labelled else self.train,
             val=self.val.of_classes(first, last),
             test=self.test.of_classes(first, last),
             domains={name: split.of_classes(first, last) for name, split in self.domains.items()},
@@ -191,6 +202,11 @@ class Dataset:
         """
         if shots < 1:
             raise ValueError(f"shots: expected at least 1 image a class, got {shots}")
+        if not self.labelled:
+            raise VlfastError(
+                f"data.shots: the training images of {self.name} have no labels, so none can be "
+                f"drawn by class; 0 takes all of them, got {shots}"
+            )
         if not len(self.train):
             raise VlfastError(no_training_images(self))
         counts = np.bincount(self.train.labels, minlength=self.num_classes)

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from vlfast.data.listed import Listed
 from vlfast.errors import VlfastError
 
+OWN_SPLIT = "split.json"  # `vlfast data split` writes it in this form
 PARTS = ("train", "val", "test")
 
 
@@ -72,7 +73,7 @@ def _classnames(file: Path, split: dict[str, list[Any]]) -> tuple[str, ...]:
 
 
 def _refuse(file: Path, why: str) -> NoReturn:
-    raise VlfastError(
-        f"data.root: {file} is no split file of CoOp's: {why}; download it again (CoOp's "
-        "DATASETS.md has the link)"
-    )
+    remedy = "download it again (CoOp's DATASETS.md has the link)"
+    if file.name == OWN_SPLIT:
+        remedy = f"`vlfast data split {file.parent} --overwrite` draws it anew"
+    raise VlfastError(f"data.root: {file} is no split file of CoOp's form: {why}; {remedy}")
