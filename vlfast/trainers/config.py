@@ -53,6 +53,8 @@ class DataConfig:
             epoch draws new ones.
         features: A folder that `vlfast features` wrote: train from the stored features of the
             frozen models instead of computing them in every step.
+        test_features: A folder that keeps what the frozen image tower makes of test images, for
+            other runs with the same model and images; filled as needed.
         unlabelled: Train on the images of all classes, whatever `classes` says, without labels.
         dictionary: A file of class names, one a line, to learn from instead of the dataset's
             (class-agnostic KDPL): in each step those that the teacher finds most probable.
@@ -69,6 +71,7 @@ class DataConfig:
     augment: bool = True
     views: int | None = None
     features: str | None = None
+    test_features: str | None = None
     unlabelled: bool = False
     dictionary: str | None = None
     top_classes: int = 1000
