@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from vlfast.clip.models import ClipModel
@@ -95,9 +95,9 @@ def _write(file: Path, features: Tensor) -> None:
     aside = file.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"features": features.cpu().contiguous()}, aside)
+        aside.write_bytes(save({"features": features.cpu().contiguous()}))
         os.replace(aside, file)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         warnings.warn(
             f"data.test_features: can't write to {file.parent} ({error}), so other runs will "
             "encode these images again",

@@ -117,7 +117,7 @@ class Cell:
         for name in sorted((before.keys() | now.keys()) - NOT_COMPARED):
             if before.get(name) != now.get(name):
                 raise VlfastError(
-                    f"--{name}: {self.folder} was begun with {_shown(before, name)}, now it is "
+                    f"--{name}: {self.folder} was begun {_shown(before, name)}, this is "
                     f"{_shown(now, name)}; go on with the same options, choose another --output, "
                     "or delete that folder"
                 )
@@ -171,4 +171,4 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _shown(options: Mapping[str, Any], name: str) -> str:
-    return repr(options[name]) if name in options else "left out"
+    return f"with {options[name]!r}" if name in options else "without it"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from vlfast.data.layouts import ELEVEN, IMAGENET_DOMAINS
 from vlfast.errors import VlfastError, unknown_name
 from vlfast.protocols.cells import Cell, Target
 from vlfast.run import method_name
-from vlfast.trainers.config import DataConfig, expand_shorthand, merge_options
+from vlfast.trainers.config import Config, DataConfig, expand_shorthand, merge_options
 from vlfast.trainers.recipes import Case, recipe_config, resolve_config
 
 PROTOCOLS = ("few-shot", "base-to-new", "cross-dataset", "domain-generalization")
@@ -176,10 +176,13 @@ def _of_recipe(
     else:
         pairs = [(0, 1)]
         options = _untrained(options)
-    cells = []
+    cells: list[Cell] = []
+    method = None
     for number, (shots, seed) in enumerate(pairs, first + 1):
-        filled = _filled(options, dataset=dataset, source=source, shots=shots, seed=seed)
-        given = merge_options({"recipe": {"setting": _SETTINGS[request.protocol]}}, filled)
+        names = {"dataset": dataset, "source": source, "shots": shots, "seed": seed}
+        given = merge_options(
+            {"recipe": {"setting": _SETTINGS[request.protocol]}}, _filled(options, names)
+        )
         classes = "base" if request.protocol == "base-to-new" else "all"
         of_cell = {
             "data": {"name": dataset, "classes": classes, "shots": shots},
@@ -187,19 +190,13 @@ def _of_recipe(
             "seed": seed,
         }
         given = merge_options(given, of_cell)
-        config = resolve_config(given)
-        method = method_name(config)
-        name = method
-        if trains:
-            name += f"-{f'{shots}shots' if shots else 'allshots'}-seed{seed}"
-        roots = [
-            _filled(options, dataset=target, source=source, shots=shots, seed=seed).get("data", {})
-            for target in targets
-        ]
+        config = _resolved(given, cells[-1] if cells else None)
+        method = method or method_name(config)
+        drawn = f"-{f'{shots}shots' if shots else 'allshots'}-seed{seed}" if trains else ""
         cells.append(
             Cell(
                 number=number,
-                folder=request.output / dataset.replace("/", "-") / name,
+                folder=request.output / dataset.replace("/", "-") / f"{method}{drawn}",
                 protocol=request.protocol,
                 method=method,
                 source=source,
@@ -208,13 +205,23 @@ def _of_recipe(
                 seed=seed,
                 given=given,
                 config=config,
-                targets=tuple(
-                    Target(target, data.get("root"), data.get("classnames"))
-                    for target, data in zip(targets, roots, strict=True)
-                ),
+                targets=tuple(_target(name, options, names) for name in targets),
             )
         )
     return cells
+
+
+def _resolved(given: dict[str, Any], before: Cell | None) -> Config:
+    """What options resolve to. Most cells differ from the one before by the seed alone, which
+    nothing else depends on."""
+    if before is not None and {**before.given, "seed": given["seed"]} == given:
+        return replace(before.config, seed=given["seed"])
+    return resolve_config(given)
+
+
+def _target(name: str, options: Mapping[str, Any], names: Mapping[str, Any]) -> Target:
+    data = _filled(options.get("data", {}), {**names, "dataset": name})
+    return Target(name, data.get("root"), data.get("classnames"))
 
 
 def _untrained(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,12 +231,12 @@ def _untrained(options: Mapping[str, Any]) -> dict[str, Any]:
     return {**kept, **({"data": data} if data else {})}
 
 
-def _filled(value: Any, **names: Any) -> Any:
+def _filled(value: Any, names: Mapping[str, Any]) -> Any:
     """The same with "{dataset}" and so on in its strings replaced."""
     if isinstance(value, Mapping):
-        return {key: _filled(inner, **names) for key, inner in value.items()}
+        return {key: _filled(inner, names) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_filled(inner, **names) for inner in value]
+        return [_filled(inner, names) for inner in value]
     if isinstance(value, str):
         for name, word in names.items():
             value = value.replace(f"{{{name}}}", str(word).replace("/", "-"))

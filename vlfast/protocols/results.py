@@ -38,8 +38,8 @@ class Result:
     protocol: few-shot, base-to-new, cross-dataset or domain-generalization. source: the dataset
     that the protocol trains on; dataset: what this run was trained on, another one where a method
     learns from each target's own images. shots: 0 is all images. epochs: 0 where nothing was
-    trained. scores: by test set: the dataset's name, "DATASET/DOMAIN" for its domains, and the
-    names of the datasets that it was also tested on.
+    trained. scores: by test set: the dataset's name, "DATASET/DOMAIN" for its domains (not in
+    cross-dataset), and the names of the datasets that it was also tested on.
     """
 
     folder: Path
@@ -106,12 +106,13 @@ def read_result(folder: Path, protocol: str | None = None) -> Result:
     result = read_json(folder / "result.json")
     cell = read_cell(folder)
     dataset = result["data"]["name"]
-    own = {key: value for key, value in result["accuracy"].items() if key != "domains"}
-    scores: dict[str, Scores] = {dataset: own} if own else {}
-    for domain, of_domain in result["accuracy"].get("domains", {}).items():
-        scores[f"{dataset}/{domain}"] = of_domain
     evaluations = sorted((folder / EVALUATIONS).glob("*.json"))
     protocol = protocol or cell.get("protocol") or _protocol_of(config, bool(evaluations))
+    own = {key: value for key, value in result["accuracy"].items() if key != "domains"}
+    scores: dict[str, Scores] = {dataset: own} if own else {}
+    if protocol != "cross-dataset":
+        for domain, of_domain in result["accuracy"].get("domains", {}).items():
+            scores[f"{dataset}/{domain}"] = of_domain
     for file in evaluations:
         evaluation = read_json(file)
         if protocol in evaluation.get("protocols", [protocol]):

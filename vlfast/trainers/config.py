@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from vlfast.clip.text_tower import Position
@@ -228,6 +229,12 @@ def config_parser(prog: str = "vlfast", description: str | None = None) -> Argum
     return parser
 
 
+@cache
+def _object_parser() -> ArgumentParser:
+    """For nested values: making one takes longer than using it."""
+    return config_parser()
+
+
 def build_config(values: Mapping[str, Any]) -> Config:
     """A Config from nested values, every type checked; what is not given takes its default.
 
@@ -238,7 +245,7 @@ def build_config(values: Mapping[str, Any]) -> Config:
 
     values = expand_shorthand(values)
     check_options(values)
-    parser = config_parser()
+    parser = _object_parser()
     try:
         built = parser.instantiate(parser.parse_object(values))
     except ArgumentError as error:
