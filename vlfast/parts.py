@@ -52,7 +52,7 @@ def load_parts(
     config.model.name, config.model.pretrained = clip.name, clip.pretrained
     data, teacher = config.data, config.teacher
     data.root, data.features = _absolute(data.root), _absolute(data.features)
-    data.classnames = _absolute(data.classnames)
+    data.classnames, data.test_features = map(_absolute, (data.classnames, data.test_features))
     teacher.run, teacher.features = _absolute(teacher.run), _absolute(teacher.features)
     for objective in config.objectives:
         for option in ("pool", "templates"):  # a file, unless it is a pool by its name

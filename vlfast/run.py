@@ -19,6 +19,7 @@ from vlfast.data.dataset import Dataset
 from vlfast.data.folder import open_image
 from vlfast.data.views import image_batch
 from vlfast.evaluation.evaluate import evaluate_dataset
+from vlfast.evaluation.kept_features import KeptFeatures
 from vlfast.evaluation.predictions import ByTest
 from vlfast.parts import (
     CLASS_FEATURES,
@@ -107,8 +108,9 @@ class Run:
             if dataset.name != config.name and config.template is None:
                 classifier = replace_template(classifier, dataset.template)
         classes = config.classes if dataset.name == config.name else "all"
+        kept = KeptFeatures(config.test_features)
         return evaluate_dataset(
-            classifier, dataset, classes, config.workers, predictions=predictions
+            classifier, dataset, classes, config.workers, kept=kept, predictions=predictions
         )
 
     def predict(

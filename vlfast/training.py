@@ -20,6 +20,7 @@ from vlfast.data.dictionary import DICTIONARY_TEMPLATE, read_dictionary
 from vlfast.data.templates import prograd_template
 from vlfast.errors import VlfastError
 from vlfast.evaluation.evaluate import evaluate_dataset
+from vlfast.evaluation.kept_features import KeptFeatures
 from vlfast.evaluation.predictions import ByTest, to_tensors
 from vlfast.objectives import Candidates, Objective, Task, build_objectives
 from vlfast.objectives.general_knowledge import GeneralKnowledge
@@ -117,7 +118,8 @@ class Plan:
         """Scores of ``last``, which the prompts hold, and {"epoch", "accuracy"} of ``best`` where
         validation images chose one. All processes take part."""
         data = self.config.data
-        how = {"workers": data.workers, "accelerator": self.accelerator, "encoded": {}}
+        how = {"workers": data.workers, "accelerator": self.accelerator}
+        how["kept"] = KeptFeatures(data.test_features)
         predictions: ByTest = {}
         accuracy = evaluate_dataset(
             self.classifier, self.dataset, data.classes, predictions=predictions, **how
@@ -152,9 +154,9 @@ class Plan:
                 "few_shot": self.drawn.few_shot_from,
             },
             "seed": self.config.seed,
-            "device": _device_name(self.accelerator.device),
+            "device": device_name(self.accelerator.device),
             "threads": torch.get_num_threads(),
-            "versions": _versions(),
+            "versions": versions(),
         }
 
 
@@ -349,16 +351,16 @@ def _check_least_batch(prompts: Prompts, batch: int) -> None:
         )
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return torch.cuda.getdevice_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     return {
         "vlfast": __version__,
         "torch": version("torch"),

@@ -15,6 +15,7 @@ from vlfast.version import __version__
 
 COMMANDS = (
     "train",
+    "run",
     "features",
     "data",
     "evaluate",

@@ -1,9 +1,10 @@
 """Finished runs below a folder as rows of a protocol: what reports and comparisons read.
 
-A run that a protocol made has cell.yaml beside its config: {protocol, method, source, dataset,
-shots, seed, given}. Tests on other datasets lie in evaluations/NAME.json ({data: {name,
-fingerprint, images}, accuracy, versions, device}), what was predicted there in
-evaluations/NAME.safetensors; a slash in NAME is a dash in the file's name.
+A run that a protocol made has cell.yaml beside its config: {protocol, also, method, source,
+dataset, shots, seed, given}; "also" lists other protocols that the same run serves. Tests on other
+datasets lie in evaluations/NAME.json ({protocols, data: {name, fingerprint, images}, accuracy,
+versions, device}), what was predicted there in evaluations/NAME.safetensors; a slash in NAME is a
+dash in the file's name.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import yaml
 from vlfast.errors import VlfastError
 from vlfast.evaluation.predictions import ByTest, from_tensors
 from vlfast.run import method_name
+from vlfast.trainers.config import Config
 from vlfast.trainers.run_folder import PREDICTIONS, RunFolder, read_tensors
 
 CELL = "cell.yaml"
@@ -36,8 +38,8 @@ class Result:
     protocol: few-shot, base-to-new, cross-dataset or domain-generalization. source: the dataset
     that the protocol trains on; dataset: what this run was trained on, another one where a method
     learns from each target's own images. shots: 0 is all images. epochs: 0 where nothing was
-    trained. scores: by test set: the dataset's name, "DATASET/DOMAIN" for its domains, and the
-    names of the datasets that it was also tested on.
+    trained. scores: by test set: the dataset's name, "DATASET/DOMAIN" for its domains (not in
+    cross-dataset), and the names of the datasets that it was also tested on.
     """
 
     folder: Path
@@ -79,40 +81,46 @@ def evaluation_file(folder: Path, dataset: str) -> Path:
 
 
 def read_results(root: str | Path) -> list[Result]:
-    """Every finished run below ``root``, in the order of their paths.
+    """Every finished run below ``root``, in the order of their paths; one that serves two protocols
+    is there twice.
 
     Raises FileNotFoundError if there is no such folder, VlfastError naming a file that is damaged.
     """
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"results: there is no folder {root}")
-    return [read_result(file.parent) for file in sorted(root.rglob("result.json"))]
+    found: list[Result] = []
+    for file in sorted(root.rglob("result.json")):
+        cell = read_cell(file.parent)
+        if "protocol" in cell:
+            protocols = [cell["protocol"], *cell.get("also", [])]
+            found += [read_result(file.parent, protocol) for protocol in protocols]
+        else:
+            found.append(read_result(file.parent))
+    return found
 
 
-def read_result(folder: Path) -> Result:
-    """One finished run."""
+def read_result(folder: Path, protocol: str | None = None) -> Result:
+    """One finished run. protocol: one of those that it serves, by default the first."""
     config = RunFolder(folder).read_config()
-    result = _read_json(folder / "result.json")
+    result = read_json(folder / "result.json")
+    cell = read_cell(folder)
     dataset = result["data"]["name"]
+    evaluations = sorted((folder / EVALUATIONS).glob("*.json"))
+    protocol = protocol or cell.get("protocol") or _protocol_of(config, bool(evaluations))
     own = {key: value for key, value in result["accuracy"].items() if key != "domains"}
     scores: dict[str, Scores] = {dataset: own} if own else {}
-    for domain, of_domain in result["accuracy"].get("domains", {}).items():
-        scores[f"{dataset}/{domain}"] = of_domain
-    evaluations = sorted((folder / EVALUATIONS).glob("*.json"))
+    if protocol != "cross-dataset":
+        for domain, of_domain in result["accuracy"].get("domains", {}).items():
+            scores[f"{dataset}/{domain}"] = of_domain
     for file in evaluations:
-        evaluation = _read_json(file)
-        scores[evaluation["data"]["name"]] = evaluation["accuracy"]
-    cell = _read_cell(folder)
-    if "protocol" in cell:
-        protocol = cell["protocol"]
-    elif config.data.classes != "all":
-        protocol = "base-to-new"
-    else:
-        protocol = "cross-dataset" if evaluations else "few-shot"
+        evaluation = read_json(file)
+        if protocol in evaluation.get("protocols", [protocol]):
+            scores[evaluation["data"]["name"]] = evaluation["accuracy"]
     return Result(
         folder=folder,
         protocol=protocol,
-        method=cell.get("method", method_name(config)),
+        method=cell.get("method") or method_name(config),
         model=config.model.name,
         source=cell.get("source", dataset),
         dataset=dataset,
@@ -124,7 +132,15 @@ def read_result(folder: Path) -> Result:
     )
 
 
-def _read_cell(folder: Path) -> dict[str, Any]:
+def _protocol_of(config: Config, tested_elsewhere: bool) -> str:
+    """What a run that no protocol made comes closest to."""
+    if config.data.classes != "all":
+        return "base-to-new"
+    return "cross-dataset" if tested_elsewhere else "few-shot"
+
+
+def read_cell(folder: Path) -> dict[str, Any]:
+    """What cell.yaml says; {} where there is none."""
     file = folder / CELL
     if not file.is_file():
         return {}
@@ -137,7 +153,8 @@ def _read_cell(folder: Path) -> dict[str, Any]:
     return cell
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """A file that is written whole. VlfastError for one that is damaged."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
