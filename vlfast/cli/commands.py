@@ -19,6 +19,7 @@ COMMANDS = (
     "evaluate",
     "predict",
     "interpret",
+    "report",
     "cost",
     "demo",
     "recipes",
