@@ -39,6 +39,7 @@ def plain_axes(axis: Axes) -> None:
     for side in ("left", "bottom"):
         axis.spines[side].set_color(FAINT)
     axis.tick_params(colors=FAINT)
+    axis.set_axisbelow(True)
     axis.grid(axis="y", color="#E8EAED", linewidth=0.8)
 
 

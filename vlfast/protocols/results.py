@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import yaml
 from vlfast.errors import VlfastError
 from vlfast.evaluation.predictions import ByTest, from_tensors
 from vlfast.run import method_name
+from vlfast.trainers.config import build_config
 from vlfast.trainers.run_folder import PREDICTIONS, RunFolder, read_tensors
 
 CELL = "cell.yaml"
@@ -37,7 +38,8 @@ class Result:
     that the protocol trains on; dataset: what this run was trained on, another one where a method
     learns from each target's own images. shots: 0 is all images. epochs: 0 where nothing was
     trained. scores: by test set: the dataset's name, "DATASET/DOMAIN" for its domains, and the
-    names of the datasets that it was also tested on.
+    names of the datasets that it was also tested on. options, record: what config.yaml and
+    result.json hold.
     """
 
     folder: Path
@@ -51,6 +53,8 @@ class Result:
     epochs: int
     scores: Mapping[str, Scores]
     train_seconds: float
+    options: Mapping[str, Any] = field(repr=False)
+    record: Mapping[str, Any] = field(repr=False)
 
     def metrics(self) -> list[dict[str, Any]]:
         """A row an epoch."""
@@ -91,8 +95,19 @@ def read_results(root: str | Path) -> list[Result]:
 
 def read_result(folder: Path) -> Result:
     """One finished run."""
-    config = RunFolder(folder).read_config()
+    options = RunFolder(folder).read_options()
     result = _read_json(folder / "result.json")
+    try:
+        return _result_of(folder, options, result)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise VlfastError(
+            f"results: config.yaml or result.json in {folder} is not what a run writes; it lacks "
+            f"{error}"
+        ) from error
+
+
+def _result_of(folder: Path, options: dict[str, Any], result: dict[str, Any]) -> Result:
+    data = options["data"]
     dataset = result["data"]["name"]
     own = {key: value for key, value in result["accuracy"].items() if key != "domains"}
     scores: dict[str, Scores] = {dataset: own} if own else {}
@@ -105,22 +120,24 @@ def read_result(folder: Path) -> Result:
     cell = _read_cell(folder)
     if "protocol" in cell:
         protocol = cell["protocol"]
-    elif config.data.classes != "all":
+    elif data["classes"] != "all":
         protocol = "base-to-new"
     else:
         protocol = "cross-dataset" if evaluations else "few-shot"
     return Result(
         folder=folder,
         protocol=protocol,
-        method=cell.get("method", method_name(config)),
-        model=config.model.name,
+        method=cell["method"] if "method" in cell else method_name(build_config(options)),
+        model=options["model"]["name"],
         source=cell.get("source", dataset),
         dataset=dataset,
-        shots=config.data.shots,
-        seed=config.seed,
+        shots=data["shots"],
+        seed=options["seed"],
         epochs=result["epochs"],
         scores=scores,
         train_seconds=result["train_seconds"],
+        options=options,
+        record=result,
     )
 
 

@@ -223,7 +223,8 @@ def plot_losses(sweep: Sweep, path: Path) -> bool:
     order += [name for name in datasets if name not in order]
     figure, axes = _panels(len(panels), 3.9, 2.8, columns=3)
     for axis, (method, by_dataset) in zip(axes, panels, strict=True):
-        for name, curves in by_dataset.items():
+        for name in sorted(by_dataset, key=order.index):
+            curves = by_dataset[name]
             length = min(map(len, curves))
             values = np.array([curve[:length] for curve in curves])
             epochs = np.arange(1, length + 1)
@@ -350,8 +351,6 @@ def plot_confusion(confusion: Confusion, title: str, path: Path) -> None:
     slanted = {"rotation": 40, "ha": "left", "rotation_mode": "anchor", "fontsize": 9}
     axis.set_xticks(range(columns), [figure_text(n, 22) for n in confusion.columns], **slanted)
     axis.tick_params(length=0, colors=INK)
-    axis.set_ylabel("is", color=FAINT)
-    axis.set_xlabel("is taken for", color=FAINT)
     for side in axis.spines.values():
         side.set_visible(False)
     figure.suptitle(figure_text(title, 90), fontsize=11, color=INK, x=0.01, ha="left")
@@ -397,6 +396,8 @@ def _shared_legend(figure: Figure, axes: Sequence[Axes]) -> None:
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
+    if not found:
+        return
     columns = max(1, min(len(found), int(figure.get_figwidth() // 2)))
     options = {"frameon": False, "fontsize": 9.5, "loc": "outside upper left"}
     figure.legend(found.values(), found.keys(), ncols=columns, **options)

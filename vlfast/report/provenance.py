@@ -35,9 +35,15 @@ class Provenance:
 def provenance_of(sweep: Sweep) -> Provenance:
     """Read from the runs' config.yaml and result.json and from their tests on other datasets."""
     seeds, shots = sweep.seeds(), sorted({m.shots for m in sweep.methods() if m.shots})
-    versions = _count(run.record.get("versions", {}).get("vlfast", "unknown") for run in sweep.runs)
-    torches = _count(run.record.get("versions", {}).get("torch", "unknown") for run in sweep.runs)
-    precisions = _count(run.config.model.precision for run in sweep.runs)
+    versions = _count(
+        run.result.record.get("versions", {}).get("vlfast", "unknown") for run in sweep.runs
+    )
+    torches = _count(
+        run.result.record.get("versions", {}).get("torch", "unknown") for run in sweep.runs
+    )
+    precisions = _count(
+        run.result.options["model"].get("precision", "unknown") for run in sweep.runs
+    )
     facts = [
         ("protocol", sweep.name),
         ("methods", ", ".join(dict.fromkeys(m.name for m in sweep.methods()))),
@@ -49,7 +55,10 @@ def provenance_of(sweep: Sweep) -> Provenance:
         ("training time", _duration(sum(run.result.train_seconds for run in sweep.runs))),
         ("vlfast", ", ".join(versions)),
         ("torch", ", ".join(torches)),
-        ("devices", ", ".join(_count(run.record.get("device", "unknown") for run in sweep.runs))),
+        (
+            "devices",
+            ", ".join(_count(run.result.record.get("device", "unknown") for run in sweep.runs)),
+        ),
     ]
     fingerprints = _fingerprints(sweep)
     warnings = [
@@ -79,7 +88,7 @@ def _differ(what: str, counts: dict[str, int]) -> list[str]:
 def _fingerprints(sweep: Sweep) -> list[Fingerprint]:
     found: dict[tuple[Hashable, ...], dict[str, None]] = defaultdict(dict)
     for run in sweep.runs:
-        value = run.record["data"].get("fingerprint")
+        value = run.result.record["data"].get("fingerprint")
         if value:
             key = (run.result.dataset, run.method.shots_text, run.result.seed)
             found[key][value] = None

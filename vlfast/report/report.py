@@ -180,7 +180,7 @@ def _draw_confusions(sweep: Sweep, worst: Sequence[Worst], folder: Path) -> dict
     for one in worst[:CONFUSIONS]:
         test = one.test.replace("/", "-") + ("" if one.part == "test" else f"-{one.part}")
         file = folder / f"{table_name(sweep)}-confusion-{test}.png"
-        title = f"{one.title}: the worst classes of {sweep.label(one.method)}, % of their images"
+        title = f"{one.title}: what {sweep.label(one.method)} takes its worst classes for, %"
         plot_confusion(one.confusion, title, file)
         pictures[one.title] = Picture(file, title, "")
     return pictures

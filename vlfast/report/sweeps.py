@@ -11,7 +11,6 @@ from typing import Any
 from vlfast.data.layouts import LAYOUTS
 from vlfast.errors import VlfastError
 from vlfast.protocols.results import Result, read_results
-from vlfast.trainers.config import Config
 from vlfast.trainers.recipes import RECIPES
 from vlfast.trainers.run_folder import RunFolder
 
@@ -38,11 +37,9 @@ class Method:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run and what else its folder says."""
+    """A finished run, seen as part of a sweep."""
 
     result: Result
-    config: Config
-    record: Mapping[str, Any]
 
     @property
     def method(self) -> Method:
@@ -51,8 +48,8 @@ class Run:
     @property
     def model(self) -> str:
         """The model with its weights: equal ones may be compared."""
-        weights = self.config.model.pretrained
-        return self.config.model.name + (f" ({weights})" if weights else "")
+        weights = self.result.options["model"].get("pretrained")
+        return self.result.model + (f" ({weights})" if weights else "")
 
     @property
     def on_target(self) -> bool:
@@ -108,7 +105,7 @@ class Sweep:
         shots = {other.shots for other in self.methods() if other.shots is not None}
         if method.shots is None or len(shots) < 2:
             return method.name
-        return f"{method.name}, {method.shots_text} shots"
+        return f"{method.name}, {method.shots_text} {'shots' if method.shots else 'images'}"
 
     def runs_of(self, method: Method) -> list[Run]:
         return [run for run in self.runs if run.method == method]
@@ -138,7 +135,7 @@ def collect_sweeps(roots: Sequence[Path], protocol: str | None = None) -> Collec
     for root in roots:
         fresh = [r for r in read_results(root) if r.folder.resolve() not in seen]
         seen |= {result.folder.resolve() for result in fresh}
-        found[root] = [_read_run(result) for result in fresh]
+        found[root] = [Run(result) for result in fresh]
         unfinished |= {
             file.parent for file in root.rglob("config.yaml") if not RunFolder(file.parent).finished
         }
@@ -178,11 +175,6 @@ def title_of(test: str, source: str | None = None) -> str:
     if source is not None and test.startswith(f"{source}/"):
         return test.removeprefix(f"{source}/")
     return _TITLES.get(test) or (LAYOUTS[test].title if test in LAYOUTS else test)
-
-
-def _read_run(result: Result) -> Run:
-    folder = RunFolder(result.folder)
-    return Run(result, folder.read_config(), folder.read_result())
 
 
 def _raise_nothing(roots: Sequence[Path], unfinished: Iterable[Path]) -> None:

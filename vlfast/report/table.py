@@ -193,7 +193,8 @@ def as_html(table: Table) -> str:
     """Tables in a <figure>, everything escaped."""
     esc = html.escape
     parts = [f'<p class="caption">{esc(table.caption)}</p>']
-    for block in _blocks(table, lambda c: 1, 12):
+    grouped = any(column.group for column in table.columns[1:-1])
+    for block in _blocks(table, lambda c: 1, 9 if grouped else 12):
         parts.append('<div class="wide"><table>')
         span = len(table.label_names)
         if any(table.columns[c].group for c in block):

@@ -316,7 +316,9 @@ def _missing_shots(sweep: Sweep) -> list[str]:
 
 def _of_shots(sweep: Sweep, method: Method) -> str:
     several = len({m.shots for m in sweep.methods() if m.shots is not None}) > 1
-    return f" ({method.shots_text} shots)" if several and method.shots is not None else ""
+    if not several or method.shots is None:
+        return ""
+    return f" ({method.shots_text} {'shots' if method.shots else 'images'})"
 
 
 def _unlike_tests(sweep: Sweep) -> dict[str, list[int]]:
@@ -380,7 +382,8 @@ def _published_rows(
         notes.append(f"{label}: {published.source}{about}.")
         if computed:
             notes.append(
-                f"{label}: the average is over the published numbers of the datasets shown here."
+                "Published averages are computed here, over the published numbers of the datasets "
+                "that this table shows."
             )
         if backbone_of(sweep.model) != published.backbone:
             notes.append(
@@ -388,7 +391,7 @@ def _published_rows(
             )
         if method.shots not in (None, 16) and not (name == "promptkd" and method.shots == 0):
             notes.append(
-                f"{name}: published with 16 shots, not comparable with {method.shots_text} shots."
+                f"{name}: published with 16 shots, which ours is not: they are not comparable."
             )
     return rows, notes
 
