@@ -16,6 +16,7 @@ from vlfast.version import __version__
 COMMANDS = (
     "train",
     "run",
+    "report",
     "features",
     "data",
     "evaluate",

@@ -20,7 +20,7 @@ import yaml
 from vlfast.errors import VlfastError
 from vlfast.evaluation.predictions import ByTest, from_tensors
 from vlfast.run import method_name
-from vlfast.trainers.config import Config
+from vlfast.trainers.config import build_config
 from vlfast.trainers.run_folder import PREDICTIONS, RunFolder, read_tensors
 
 CELL = "cell.yaml"
@@ -39,7 +39,8 @@ class Result:
     that the protocol trains on; dataset: what this run was trained on, another one where a method
     learns from each target's own images. shots: 0 is all images. epochs: 0 where nothing was
     trained. scores: by test set: the dataset's name, "DATASET/DOMAIN" for its domains (not in
-    cross-dataset), and the names of the datasets that it was also tested on.
+    cross-dataset), and the names of the datasets that it was also tested on. options, record: what
+    config.yaml and result.json hold.
     """
 
     folder: Path
@@ -53,6 +54,8 @@ class Result:
     epochs: int
     scores: Mapping[str, Scores]
     train_seconds: float
+    options: Mapping[str, Any]
+    record: Mapping[str, Any]
 
     def metrics(self) -> list[dict[str, Any]]:
         """A row an epoch."""
@@ -102,12 +105,24 @@ def read_results(root: str | Path) -> list[Result]:
 
 def read_result(folder: Path, protocol: str | None = None) -> Result:
     """One finished run. protocol: one of those that it serves, by default the first."""
-    config = RunFolder(folder).read_config()
+    options = RunFolder(folder).read_options()
     result = read_json(folder / "result.json")
+    try:
+        return _result_of(folder, options, result, protocol)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise VlfastError(
+            f"results: config.yaml or result.json in {folder} is not what a run writes; it lacks "
+            f"{error}"
+        ) from error
+
+
+def _result_of(
+    folder: Path, options: dict[str, Any], result: dict[str, Any], protocol: str | None
+) -> Result:
     cell = read_cell(folder)
     dataset = result["data"]["name"]
     evaluations = sorted((folder / EVALUATIONS).glob("*.json"))
-    protocol = protocol or cell.get("protocol") or _protocol_of(config, bool(evaluations))
+    protocol = protocol or cell.get("protocol") or _protocol_of(options, bool(evaluations))
     own = {key: value for key, value in result["accuracy"].items() if key != "domains"}
     scores: dict[str, Scores] = {dataset: own} if own else {}
     if protocol != "cross-dataset":
@@ -120,21 +135,23 @@ def read_result(folder: Path, protocol: str | None = None) -> Result:
     return Result(
         folder=folder,
         protocol=protocol,
-        method=cell.get("method") or method_name(config),
-        model=config.model.name,
+        method=cell.get("method") or method_name(build_config(options)),
+        model=options["model"]["name"],
         source=cell.get("source", dataset),
         dataset=dataset,
-        shots=config.data.shots,
-        seed=config.seed,
+        shots=options["data"]["shots"],
+        seed=options["seed"],
         epochs=result["epochs"],
         scores=scores,
         train_seconds=result["train_seconds"],
+        options=options,
+        record=result,
     )
 
 
-def _protocol_of(config: Config, tested_elsewhere: bool) -> str:
+def _protocol_of(options: dict[str, Any], tested_elsewhere: bool) -> str:
     """What a run that no protocol made comes closest to."""
-    if config.data.classes != "all":
+    if options["data"]["classes"] != "all":
         return "base-to-new"
     return "cross-dataset" if tested_elsewhere else "few-shot"
 
