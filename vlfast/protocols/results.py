@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,8 @@ class Result:
     epochs: int
     scores: Mapping[str, Scores]
     train_seconds: float
-    options: Mapping[str, Any]
-    record: Mapping[str, Any]
+    options: Mapping[str, Any] = field(repr=False)
+    record: Mapping[str, Any] = field(repr=False)
 
     def metrics(self) -> list[dict[str, Any]]:
         """A row an epoch."""
