@@ -99,7 +99,7 @@ def plot_base_to_new(sweep: Sweep, path: Path) -> bool:
         return False
     methods = sweep.methods()
     places = _places(sweep)
-    columns = min(4, max(1, len(places) - 1))
+    columns = _columns(len(places) - 1, 4)
     rows = -(-(len(places) - 1) // columns)
     figure = new_figure(max(7.5, 3.3 * columns), 3.4 + 2.2 * rows)
     if rows:
@@ -259,9 +259,7 @@ def plot_calibration(sweep: Sweep, path: Path) -> bool:
         for method, found in rows
         for part, one in zip(parts, found, strict=True)
     ]
-    columns = 4 if len(parts) == 2 or len(panels) > 3 else len(panels)
-    columns = min(columns, len(panels))
-    figure, axes = _panels(len(panels), 3.1, 3.0, columns=columns)
+    figure, axes = _panels(len(panels), 3.1, 3.0)
     for axis, (method, part, one) in zip(axes, panels, strict=True):
         title = figure_text(sweep.label(method), 24)
         if len(parts) > 1:
@@ -329,7 +327,7 @@ def _reliability(axis: Axes, found: Calibration) -> None:
 
 def plot_confusion(confusion: Confusion, title: str, path: Path) -> None:
     """The worst classes and what they are taken for, in percent of a row's images; right answers
-    are framed."""
+    are framed, and right of the line are classes that are none of the worst."""
     from matplotlib.patches import Rectangle
 
     rows, columns = confusion.shares.shape
@@ -375,13 +373,20 @@ def _score(sweep: Sweep, method: Method, place: str, part: str = "test") -> Cell
 
 
 def _panels(count: int, width: float, height: float, columns: int = 4) -> tuple[Figure, list[Axes]]:
-    columns = min(columns, count)
+    columns = _columns(count, columns)
     rows = -(-count // columns)
     figure = new_figure(max(width * columns, 4.6), height * rows + 0.7)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis in axes[count:]:
         axis.axis("off")
     return figure, list(axes[:count])
+
+
+def _columns(count: int, most: int) -> int:
+    """At most ``most``, or one fewer where that leaves fewer gaps."""
+    if count <= most:
+        return max(count, 1)
+    return min((most, most - 1), key=lambda columns: -count % columns)
 
 
 def _label_outer(figure: Figure, below: str, left: str) -> None:

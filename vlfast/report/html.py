@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from PIL import Image
+
 from vlfast.report.provenance import Provenance
 from vlfast.report.sweeps import Sweep
 from vlfast.report.table import Table, as_html
 from vlfast.report.tables import table_name
 from vlfast.report.worst import Worst
 from vlfast.version import __version__
+
+_DOTS = 1.35  # of a picture, to a pixel of the page, so that all have letters of one size
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Section:
 
 def page(sections: Sequence[Section], notes: Sequence[str] = ()) -> str:
     """The whole file's text. Every text that came from a run is escaped."""
-    warned = [text for section in sections for text in section.provenance.warnings]
+    warned = [section for section in sections if section.provenance.warnings]
     links = "".join(
         f'<li><a href="#{_anchor(s)}">{escape(s.table.title)}</a></li>' for s in sections
     )
@@ -52,10 +56,19 @@ def page(sections: Sequence[Section], notes: Sequence[str] = ()) -> str:
         f"<nav><ul>{links}</ul></nav>",
         "</header>",
         *_box("note", notes),
-        *_box("warning", list(dict.fromkeys(warned))),
+        *(_warned(warned) if len(sections) > 1 else []),
         *(part for section in sections for part in _section(section)),
     ]
     return _PAGE.replace("STYLE", _STYLE).replace("BODY", "\n".join(body))
+
+
+def _warned(sections: Sequence[Section]) -> list[str]:
+    if not sections:
+        return []
+    links = ", ".join(
+        f'<a href="#{_anchor(section)}">{escape(section.table.title)}</a>' for section in sections
+    )
+    return [f'<aside class="warning"><b>{_TITLES["warning"]}</b> in {links}.</aside>']
 
 
 def _section(section: Section) -> list[str]:
@@ -85,7 +98,9 @@ def _picture(picture: Picture, anchor: str) -> list[str]:
 
 def _image(picture: Picture) -> str:
     data = base64.b64encode(picture.file.read_bytes()).decode("ascii")
-    return f'<img alt="{escape(picture.title)}" src="data:image/png;base64,{data}">'
+    with Image.open(picture.file) as image:
+        width = round(image.width / _DOTS)
+    return f'<img alt="{escape(picture.title)}" width="{width}" src="data:image/png;base64,{data}">'
 
 
 def _worst(section: Section) -> list[str]:
@@ -146,14 +161,15 @@ def _about(provenance: Provenance) -> list[str]:
 def _box(kind: str, texts: Sequence[str]) -> list[str]:
     if not texts:
         return []
-    title = {"warning": "Not all cells are comparable", "note": "Left out"}[kind]
     lines = "".join(f"<li>{escape(text)}</li>" for text in texts)
-    return [f'<aside class="{kind}"><b>{title}</b><ul>{lines}</ul></aside>']
+    return [f'<aside class="{kind}"><b>{_TITLES[kind]}</b><ul>{lines}</ul></aside>']
 
 
 def _anchor(section: Section) -> str:
     return table_name(section.sweep)
 
+
+_TITLES = {"warning": "Not all cells are comparable", "note": "Left out"}
 
 _PAGE = """<!doctype html>
 <html lang="en">

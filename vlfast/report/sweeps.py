@@ -132,7 +132,7 @@ def collect_sweeps(roots: Sequence[Path], protocol: str | None = None) -> Collec
     found: dict[Path, list[Run]] = {}
     unfinished: set[Path] = set()
     seen: set[Path] = set()
-    for root in roots:
+    for root in dict.fromkeys(roots):
         fresh = [r for r in read_results(root) if r.folder.resolve() not in seen]
         seen |= {result.folder.resolve() for result in fresh}
         found[root] = [Run(result) for result in fresh]

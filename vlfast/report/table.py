@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal
@@ -140,7 +140,7 @@ def as_text(table: Table, width: int = 120) -> str:
 
 def as_markdown(table: Table) -> str:
     lines = [f"## {_markdown(table.title)}", "", _markdown(table.caption)]
-    for block in _blocks(table, lambda c: 1, 12):
+    for block in _blocks(table, lambda c: 1, 9):
         header = [*table.label_names, *(_full_name(table.columns[c]) for c in block)]
         lines += ["", f"| {' | '.join(map(_markdown, header))} |"]
         lines.append("|" + " --- |" * len(table.label_names) + " ---: |" * len(block))
@@ -193,8 +193,7 @@ def as_html(table: Table) -> str:
     """Tables in a <figure>, everything escaped."""
     esc = html.escape
     parts = [f'<p class="caption">{esc(table.caption)}</p>']
-    grouped = any(column.group for column in table.columns[1:-1])
-    for block in _blocks(table, lambda c: 1, 9 if grouped else 12):
+    for block in _blocks(table, lambda c: 1, 9):
         parts.append('<div class="wide"><table>')
         span = len(table.label_names)
         if any(table.columns[c].group for c in block):
@@ -228,8 +227,10 @@ def latex_escape(text: str) -> str:
     return "".join(_LATEX.get(sign, sign) for sign in text)
 
 
-def _blocks(table: Table, size, room: float) -> list[list[int]]:
-    """Columns in stretches that fit, groups kept together."""
+def _blocks(table: Table, size: Callable[[int], int], room: float) -> list[list[int]]:
+    """Columns in stretches that fit, about equally wide, groups kept together."""
+    whole = sum(size(c) for c in range(len(table.columns)))
+    room = min(room, 1.1 * whole / -(-whole // room)) if 0 < room < whole else room
     blocks: list[list[int]] = []
     used = 0
     for _, members in _groups(table, range(len(table.columns))):

@@ -18,6 +18,7 @@ from vlfast.report.table import Cell, Column, Row, Table, mark_best
 MARK = "†"
 _METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
 HARMONIC = "HM"
+_TRANSDUCTIVE = "transductive"
 
 # Whose average a published one is.
 _AVERAGED = {
@@ -65,13 +66,13 @@ def sweep_table(sweep: Sweep, metric: str = "accuracy", published: bool = False)
         shots = method.shots_text
         labels = (shots, method.name) if few_shot else (method.name, shots)
         cells = tuple(_cell(sweep, method, spot, tests, metric) for spot in spots)
-        section = shots if few_shot else ""
+        section = shots if few_shot else _TRANSDUCTIVE if _on_targets(sweep, method) else ""
         rows.append(Row(labels if few_shot or several else labels[:1], cells, section))
         last = all(other.name != method.name for other in methods[number + 1 :])
         if published and metric == "accuracy" and last:
             width = 2 if several or few_shot else 1
             more, said = _published_rows(sweep, method, spots, tests, width)
-            rows += more
+            rows += [replace(row, section=section) for row in more]
             footnotes += [note for note in said if note not in footnotes]
     label_names = ("shots", "method") if few_shot else ("method", "shots")
     table = Table(
@@ -187,15 +188,16 @@ def _averaged_tests(sweep: Sweep) -> tuple[str, ...]:
 def _column_name(sweep: Sweep, spot: _Spot) -> str:
     if spot.part != "test":
         return spot.part
-    return "average" if spot.test is None else title_of(spot.test, sweep.source)
+    if spot.test is None:
+        return "average"
+    title = title_of(spot.test, sweep.source)
+    return f"{title} (source)" if spot.test == sweep.source else title
 
 
 def _column_group(sweep: Sweep, spot: _Spot) -> str:
     if spot.part != "test":
         return "average" if spot.test is None else title_of(spot.test)
-    if sweep.source is None:
-        return ""
-    return "source" if spot.test == sweep.source else "targets"
+    return ""
 
 
 def _cell(sweep: Sweep, method: Method, spot: _Spot, averaged: Sequence[str], metric: str) -> Cell:
@@ -238,6 +240,10 @@ def _all_seeds(sweep: Sweep, method: Method, by_seed: dict[int, float]) -> bool:
     return method.shots is None or set(by_seed) == set(sweep.seeds())
 
 
+def _on_targets(sweep: Sweep, method: Method) -> bool:
+    return all(run.on_target for run in sweep.runs_of(method))
+
+
 def _by_shots(sweep: Sweep) -> list[Method]:
     return sorted(sweep.methods(), key=lambda m: -1 if m.shots is None else m.shots or np.inf)
 
@@ -262,8 +268,8 @@ def _caption(sweep: Sweep, metric: str) -> str:
         parts.append(f"One seed ({seeds[0]}).")
     if sweep.protocol == "base-to-new" and metric == "accuracy":
         parts.append(
-            "HM is the harmonic mean of the base and new beside it: below the average, that of the "
-            "averaged base and new."
+            "HM is the harmonic mean of the base and new beside it; that of the average is the "
+            "harmonic mean of the averages."
         )
     return " ".join(parts)
 
@@ -276,9 +282,8 @@ def _missing_notes(sweep: Sweep, tests: Sequence[str]) -> list[str]:
     for method in sweep.methods():
         missing: list[str] = []
         complete = 0
-        own = [run for run in sweep.runs_of(method)]
         for test in sweep_tests(sweep):
-            if test == sweep.source and all(run.on_target for run in own):
+            if test == sweep.source and _on_targets(sweep, method):
                 continue  # never trained on the source, so there is nothing to test
             lacking = [p for p in parts if not sweep.by_seed(method, test, p)]
             title = title_of(test, sweep.source)
@@ -344,11 +349,12 @@ def _unlike_notes(unlike: dict[str, list[int]]) -> list[str]:
 def _other_notes(sweep: Sweep) -> list[str]:
     notes = []
     if sweep.protocol in TRANSFER:
-        names = dict.fromkeys(run.result.method for run in sweep.runs if run.on_target)
+        names = [m.name for m in sweep.methods() if _on_targets(sweep, m)]
         if names:
             notes.append(
-                f"{', '.join(names)}: trained on unlabelled images of each target (transductive), "
-                "the others never saw the targets."
+                f"{', '.join(dict.fromkeys(names))}: trained on unlabelled images of each "
+                "target (transductive); the others never saw the targets, so the "
+                "two kinds are not compared."
             )
     if sweep.protocol != "domain-generalization":
         domains = {title_of(test) for run in sweep.runs for test in domain_tests(run)}
@@ -376,8 +382,8 @@ def _published_rows(
         backbone = published.backbone or "backbone unknown"
         of = f", {published.variant}" if published.variant else ""
         label = f"{name}, published ({backbone}{of})"
-        texts = ("16", label) if sweep.protocol == "few-shot" else (label, "16")
-        rows.append(Row(texts if labels == 2 else (label,), tuple(cells), published=True))
+        texts = (label, published.shots)[:labels]
+        rows.append(Row(texts, tuple(cells), published=True))
         about = f" ({published.about})" if published.about else ""
         notes.append(f"{label}: {published.source}{about}.")
         if computed:
@@ -389,9 +395,9 @@ def _published_rows(
             notes.append(
                 f"The published numbers of {backbone} are not comparable with {sweep.model}."
             )
-        if method.shots not in (None, 16) and not (name == "promptkd" and method.shots == 0):
+        if method.shots_text != published.shots:
             notes.append(
-                f"{name}: published with 16 shots, which ours is not: they are not comparable."
+                f"{name}: published with {published.shots} shots and not comparable with ours."
             )
     return rows, notes
 
