@@ -65,3 +65,17 @@ def test_a_domain_is_tested_on_and_not_trained_on(root, tmp_path):
         with pytest.raises(VlfastError, match="imagenet_a has no training images; train on anoth"):
             vlfast.fit("coop", data={**data, "shots": shots}, output=tmp_path / str(shots))
         assert not (tmp_path / str(shots)).exists()
+
+
+def test_without_labels_a_domain_is_learned_from_its_test_images(root, tmp_path):
+    """As PromptKD does on ImageNet's variants ([PromptKD] datasets/imagenet_a.py)."""
+    run = vlfast.fit(
+        "kdpl",
+        data={"name": "imagenet_a", "root": str(root), "unlabelled": True, "shots": 0},
+        teacher={"name": "glyphs-teacher"},
+        epochs=1,
+        output=tmp_path / "run",
+        show_progress=False,
+    )
+    assert run.result["data"]["images"] == {"train": 6, "val": 0, "test": 6}
+    assert run.result["accuracy"]["test"]["images"] == 6

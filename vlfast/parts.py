@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 
@@ -49,6 +49,9 @@ def load_parts(
         clip.text_tower.max_memory = config.model.max_memory
     if dataset is None:
         dataset = recorded_dataset(config)
+    if config.data.unlabelled and not len(dataset.train):
+        # Transductive, as PromptKD learns on ImageNet's variants, which are tests alone.
+        dataset = replace(dataset, train=dataset.test)
     config.model.name, config.model.pretrained = clip.name, clip.pretrained
     data, teacher = config.data, config.teacher
     data.root, data.features = _absolute(data.root), _absolute(data.features)

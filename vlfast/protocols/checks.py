@@ -82,7 +82,7 @@ def _check_prompts(cell: Cell) -> None:
 
 
 def _check_images(cell: Cell, found: Found) -> None:
-    if cell.trains and not found.images:
+    if cell.trains and not (found.images or cell.config.data.unlabelled):
         raise VlfastError(f"--datasets: {cell.dataset} has no training images for {cell}")
     if cell.trains and cell.shots > found.largest_class:
         raise VlfastError(
@@ -107,6 +107,7 @@ def _read_all(targets: Iterable[Target]) -> tuple[dict[Target, Found], dict[Targ
         except (VlfastError, OSError, ValueError) as error:
             missing[target] = " ".join(str(error).split())
             continue
-        counts = np.bincount(dataset.train.labels, minlength=1)
+        labels = dataset.train.labels
+        counts = np.bincount(labels[labels >= 0], minlength=1)
         found[target] = Found(len(dataset.train), int(counts.max()), bool(dataset.domains))
     return found, missing
