@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data.coop_folders import make_coop_folder, make_coop_root
+from tests.data.coop.folders import make_coop_folder, make_coop_root
 from tests.data.image_files import cut_short, write_image
 from vlfast.cli.commands import main
 from vlfast.data.check import check_dataset, check_layout, fault_of, missing_images, names_to_check
-from vlfast.data.layouts import IMAGENET_DOMAINS, LAYOUTS, Counts
+from vlfast.data.coop.layouts import IMAGENET_DOMAINS, LAYOUTS, Counts
 from vlfast.errors import UnknownNameError
 
 

@@ -9,7 +9,7 @@ from torchvision import datasets
 
 from tests.data.image_files import write_image
 from vlfast.cli.commands import main
-from vlfast.data.layouts import LAYOUTS
+from vlfast.data.coop.layouts import LAYOUTS
 from vlfast.data.prepare import prepare
 from vlfast.errors import UnknownNameError, VlfastError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vlfast.data.layouts import ELEVEN, IMAGENET_DOMAINS
+from vlfast.data.coop.layouts import ELEVEN, IMAGENET_DOMAINS
 from vlfast.report.published import PUBLISHED, backbone_of, published_for
 
 

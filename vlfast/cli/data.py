@@ -65,7 +65,7 @@ def _list(options: argparse.Namespace) -> None:
     from rich.table import Table
 
     from vlfast.data.catalog import OWN, dataset_names
-    from vlfast.data.layouts import LAYOUTS
+    from vlfast.data.coop.layouts import LAYOUTS
     from vlfast.data.templates import TEMPLATES, dataset_key
 
     table = Table("name", "classes", "template", *(["there"] if options.root else []))
@@ -118,7 +118,7 @@ def _check(options: argparse.Namespace) -> None:
 
 def _prepare(options: argparse.Namespace) -> None:
     from vlfast.data.check import check_dataset
-    from vlfast.data.layouts import layout_of
+    from vlfast.data.coop.layouts import layout_of
     from vlfast.data.prepare import prepare
 
     print(f"data: {prepare(options.name, options.root)}")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vlfast.data.coop.layouts import LAYOUTS, layout_of
 from vlfast.data.dataset import Dataset
 from vlfast.data.dictionary import read_classnames
-from vlfast.data.layouts import LAYOUTS, layout_of
 from vlfast.errors import VlfastError, unknown_name
 
 # What is given by a folder or file of the user's.
@@ -37,9 +37,10 @@ def load_dataset(
 ) -> Dataset:
     """The whole dataset, every class and image.
 
-    name: "glyphs/THEME"; one of the papers' (``vlfast.data.layouts``), whose folder stands below
-    ``root``; "torchvision/CLASS" with torchvision's ``root``; or your own images: "folder", "csv",
-    "unlabelled". classnames: a file of class names, or the names, for images that come without.
+    name: "glyphs/THEME"; one of the papers' (``vlfast.data.coop.layouts``), whose folder stands
+    below ``root``; "torchvision/CLASS" with torchvision's ``root``; or your own images: "folder",
+    "csv", "unlabelled". classnames: a file of class names, or the names, for images that come
+    without.
 
     Raises UnknownNameError for an unknown name (with the nearest), VlfastError for what is missing.
     """
@@ -59,7 +60,7 @@ def load_dataset(
             wanted = f"the folder that holds {LAYOUTS[name].folder}"
         raise VlfastError(f"data.root: the dataset {name!r} needs {wanted}")
     if name in LAYOUTS:
-        from vlfast.data.coop import load_coop
+        from vlfast.data.coop.load import load_coop
 
         return load_coop(LAYOUTS[name], root)
     if isinstance(classnames, str):

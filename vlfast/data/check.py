@@ -15,13 +15,13 @@ import numpy as np
 from PIL import Image
 
 from vlfast.data.catalog import load_dataset
-from vlfast.data.coop import find_folder, read_listed, remedy_of, where_it_is
+from vlfast.data.coop.layouts import IMAGENET_DOMAINS, LAYOUTS, Layout, layout_of
+from vlfast.data.coop.load import find_folder, read_listed, remedy_of, where_it_is
 from vlfast.data.csv_table import load_csv
 from vlfast.data.dataset import Dataset, Split
 from vlfast.data.dictionary import read_classnames
 from vlfast.data.downloads import ARCHIVES, FETCHED
 from vlfast.data.folder import FileImages, load_folder
-from vlfast.data.layouts import IMAGENET_DOMAINS, LAYOUTS, Layout, layout_of
 from vlfast.data.unlabelled import load_unlabelled
 from vlfast.errors import VlfastError, unknown_name
 

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vlfast.data.coop.layouts import Layout, layout_of
 from vlfast.data.downloads import ARCHIVES, FETCHED, Fetch
-from vlfast.data.layouts import Layout, layout_of
 from vlfast.errors import VlfastError, unknown_name
 
 TORCHVISION = "torchvision/"

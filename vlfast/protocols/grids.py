@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlfast.data.catalog import canonical_name
-from vlfast.data.layouts import ELEVEN, IMAGENET_DOMAINS
+from vlfast.data.coop.layouts import ELEVEN, IMAGENET_DOMAINS
 from vlfast.errors import VlfastError, unknown_name
 from vlfast.protocols.cells import Cell, Target
 from vlfast.run import method_name

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vlfast.data.layouts import ELEVEN, IMAGENET_DOMAINS
+from vlfast.data.coop.layouts import ELEVEN, IMAGENET_DOMAINS
 
 B16, B32, L14, H14, RN50 = "ViT-B/16", "ViT-B/32", "ViT-L/14", "ViT-H/14", "RN50"
 

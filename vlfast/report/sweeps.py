@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vlfast.data.layouts import LAYOUTS
+from vlfast.data.coop.layouts import LAYOUTS
 from vlfast.errors import VlfastError
 from vlfast.protocols.results import Result, read_results
 from vlfast.trainers.recipes import RECIPES

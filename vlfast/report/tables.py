@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from vlfast.data.layouts import ELEVEN, IMAGENET_DOMAINS
+from vlfast.data.coop.layouts import ELEVEN, IMAGENET_DOMAINS
 from vlfast.evaluation.calibration import calibration
 from vlfast.evaluation.metrics import harmonic_mean
 from vlfast.report.published import Published, backbone_of, published_for

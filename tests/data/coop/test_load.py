@@ -8,7 +8,7 @@ import shutil
 import pytest
 from PIL import Image
 
-from tests.data.coop_folders import (
+from tests.data.coop.folders import (
     CLASSNAMES,
     WNIDS,
     make_coop_folder,
@@ -17,7 +17,7 @@ from tests.data.coop_folders import (
 )
 from vlfast.clip.tokens import tokenize_names
 from vlfast.data.catalog import load_dataset
-from vlfast.data.layouts import ELEVEN, IMAGENET_DOMAINS, LAYOUTS
+from vlfast.data.coop.layouts import ELEVEN, IMAGENET_DOMAINS, LAYOUTS
 from vlfast.errors import VlfastError
 
 # [CoOp] DATASETS.md and trainers/zsclip.py:13-29, written down again.

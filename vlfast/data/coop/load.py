@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from vlfast.data.aircraft import read_aircraft
+from vlfast.data.coop.aircraft import read_aircraft
+from vlfast.data.coop.few_shot_files import FewShotFiles
+from vlfast.data.coop.imagenet import read_domain, read_imagenet, read_imagenetv2
+from vlfast.data.coop.layouts import IMAGENET_DOMAINS, LAYOUTS, Layout
 from vlfast.data.dataset import Dataset, Split
-from vlfast.data.few_shot_files import FewShotFiles
 from vlfast.data.folder import FileImages
-from vlfast.data.imagenet import read_domain, read_imagenet, read_imagenetv2
-from vlfast.data.layouts import IMAGENET_DOMAINS, LAYOUTS, Layout
 from vlfast.data.listed import Listed
 from vlfast.data.split_file import read_split_file
 from vlfast.data.templates import dataset_key, own_template
@@ -30,7 +30,7 @@ def load_coop(layout: Layout, root: str | Path) -> Dataset:
     Class names are CoOp's, underscores and all; they become spaces where text is made of them. A
     split that the dataset lacks is empty: ImageNet's val (its validation images are the test
     split), and train and val of ImageNet's domains. Few-shot subsets are those that are stored in
-    ``split_fewshot``, see ``vlfast.data.few_shot_files``.
+    ``split_fewshot``, see ``vlfast.data.coop.few_shot_files``.
 
     Raises VlfastError that says what is missing or wrong, and where it belongs. A missing split
     file is never drawn anew. Images are looked for by samples, at least one a class and split.

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vlfast.data.layouts import LAYOUTS
+from vlfast.data.coop.layouts import LAYOUTS
 
 # Folder (or stem) of each class, and its name, in label order.
 SPLIT_CLASSES = {

@@ -6,7 +6,7 @@ import re
 import pytest
 
 import vlfast
-from tests.data.coop_folders import make_coop_root
+from tests.data.coop.folders import make_coop_root
 from vlfast.cli.commands import main
 from vlfast.errors import VlfastError
 

@@ -13,9 +13,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from tests.data.coop_folders import make_coop_folder
+from tests.data.coop.folders import make_coop_folder
 from vlfast.data.catalog import load_dataset
-from vlfast.data.layouts import ELEVEN, LAYOUTS
+from vlfast.data.coop.layouts import ELEVEN, LAYOUTS
 from vlfast.errors import VlfastError
 
 
