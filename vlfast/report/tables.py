@@ -395,9 +395,7 @@ def _published_rows(
                 f"The published numbers of {backbone} are not comparable with {sweep.model}."
             )
         if method.shots_text != published.shots:
-            notes.append(
-                f"{name}: published with other shots ({published.shots}) and not comparable with ours."
-            )
+            notes.append(f"{label}: of other shots ({published.shots}) than ours, not comparable.")
     return rows, notes
 
 
