@@ -15,6 +15,7 @@ from tests.conftest import make_tiny_model, squares_dataset
 from tests.report.sweeps import VERSIONS, make_predictions, write_run
 from vlfast.cli import main
 from vlfast.errors import UnknownNameError, VlfastError
+from vlfast.evaluation.style import line_style
 from vlfast.report.figures import (
     plot_base_to_new,
     plot_calibration,
@@ -89,10 +90,8 @@ def test_one_method_on_one_dataset(tmp_path):
     }
 
 
-def test_many_methods_datasets_and_shots_stay_apart(tmp_path, monkeypatch):
-    """13 methods need dashes besides the six colours: no two lines look the same."""
-    from vlfast.evaluation.style import line_style
-
+def test_lines_of_many_methods_look_different():
+    """Six colours, then the same ones with other dashes."""
     looks = [tuple(sorted(line_style(i).items())) for i in range(24)]
     assert len(set(looks)) == 24
 

@@ -191,7 +191,7 @@ def plot_gains(sweep: Sweep, path: Path) -> bool:
         axis.set_yticks(range(len(gains)), [name for _, name in gains], fontsize=9)
         axis.set_ylim(-0.6, bars - 0.4)
         lowest = min(0.0, min(gain for _, gains in panels for gain, _ in gains))
-        axis.set_xlim(lowest - 0.22 * reach if lowest < 0 else -0.05 * reach, 1.22 * reach)
+        axis.set_xlim(lowest - 0.3 * reach if lowest < 0 else -0.05 * reach, 1.22 * reach)
         axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.set_title(figure_text(sweep.label(method), 34), fontsize=11, color=INK, loc="left")
         plain_axes(axis)
@@ -333,7 +333,7 @@ def plot_confusion(confusion: Confusion, title: str, path: Path) -> None:
     rows, columns = confusion.shares.shape
     figure = new_figure(0.52 * columns + 3.2, 0.34 * rows + 2.6)
     axis = figure.subplots()
-    image = axis.imshow(confusion.shares, cmap="YlGnBu", vmin=0, vmax=100, aspect="auto")
+    image = axis.imshow(confusion.shares.numpy(), cmap="YlGnBu", vmin=0, vmax=100, aspect="auto")
     for y, row in enumerate(confusion.shares.tolist()):
         for x, share in enumerate(row):
             if share >= 0.5:

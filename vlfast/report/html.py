@@ -210,8 +210,9 @@ th, td { padding: 4px 9px; text-align: right; white-space: nowrap; }
 thead th { font-weight: 600; border-bottom: 1px solid var(--ink); vertical-align: bottom; }
 thead th.group { text-align: center; border-bottom: 1px solid var(--line); }
 th.label, td.words, th.words { text-align: left; }
-tbody th.label { font-weight: 500; min-width: 150px; max-width: 340px; white-space: normal;
+tbody th.label { font-weight: 500; max-width: 340px; white-space: normal;
   overflow-wrap: break-word; }
+tbody th.long { min-width: 170px; }
 td.words { white-space: normal; min-width: 240px; overflow-wrap: anywhere; }
 td.edge, th.edge { padding-left: 18px; }
 tbody + tbody tr:first-child > * { border-top: 1px solid var(--line); }

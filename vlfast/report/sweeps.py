@@ -34,6 +34,13 @@ class Method:
     def shots_text(self) -> str:
         return {None: "none", 0: "all"}.get(self.shots, str(self.shots))
 
+    @property
+    def learned_from(self) -> str:
+        """ "16 shots", "1 shot", "all images"."""
+        if not self.shots:
+            return f"{self.shots_text} images"
+        return f"{self.shots} shot{'' if self.shots == 1 else 's'}"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -105,7 +112,7 @@ class Sweep:
         shots = {other.shots for other in self.methods() if other.shots is not None}
         if method.shots is None or len(shots) < 2:
             return method.name
-        return f"{method.name}, {method.shots_text} {'shots' if method.shots else 'images'}"
+        return f"{method.name}, {method.learned_from}"
 
     def runs_of(self, method: Method) -> list[Run]:
         return [run for run in self.runs if run.method == method]

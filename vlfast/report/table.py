@@ -126,12 +126,12 @@ def as_text(table: Table, width: int = 120) -> str:
         names = "".join(table.columns[c].name.rjust(widths[c]) for c in block)
         lines.append(_label_line(table.label_names, labels) + names)
         section = table.rows[0].section if table.rows else ""
-        for row, cells in zip(table.rows, texts, strict=True):
+        for row in _rows_of(table, block):
             if row.section != section:
                 lines.append("")
                 section = row.section
             line = _label_line(row.labels, labels) + "".join(
-                cells[c].rjust(widths[c]) for c in block
+                _starred(row.cells[c]).rjust(widths[c]) for c in block
             )
             lines.append(line)
     lines += ["", table.caption, *(f"- {note}" for note in table.notes)]
@@ -144,7 +144,7 @@ def as_markdown(table: Table) -> str:
         header = [*table.label_names, *(_full_name(table.columns[c]) for c in block)]
         lines += ["", f"| {' | '.join(map(_markdown, header))} |"]
         lines.append("|" + " --- |" * len(table.label_names) + " ---: |" * len(block))
-        for row in table.rows:
+        for row in _rows_of(table, block):
             cells = [
                 f"**{c.text()}**" if c.best else c.text() for c in (row.cells[i] for i in block)
             ]
@@ -176,7 +176,7 @@ def as_latex(table: Table) -> str:
         names = [*table.label_names, *(table.columns[c].name for c in block)]
         lines += [" & ".join(map(latex_escape, names)) + r" \\", r"\midrule"]
         section = table.rows[0].section if table.rows else ""
-        for row in table.rows:
+        for row in _rows_of(table, block):
             if row.section != section:
                 lines.append(r"\midrule")
                 section = row.section
@@ -208,11 +208,14 @@ def as_html(table: Table) -> str:
         starts = {members[0] for _, members in _groups(table, block)}
         parts += [f"<th{_edge(c, starts)}>{esc(table.columns[c].name)}</th>" for c in block]
         parts.append("</tr></thead>")
-        for _, rows in groupby(table.rows, key=lambda row: row.section):
+        for _, rows in groupby(_rows_of(table, block), key=lambda row: row.section):
             parts.append("<tbody>")
             for row in rows:
                 parts.append('<tr class="published">' if row.published else "<tr>")
-                parts += [f'<th class="label">{esc(label)}</th>' for label in row.labels]
+                parts += [
+                    f'<th class="label{" long" if len(label) > 20 else ""}">{esc(label)}</th>'
+                    for label in row.labels
+                ]
                 parts += [f"<td{_edge(c, starts)}>{_html_cell(row.cells[c])}</td>" for c in block]
                 parts.append("</tr>")
             parts.append("</tbody>")
@@ -241,6 +244,12 @@ def _blocks(table: Table, size: Callable[[int], int], room: float) -> list[list[
         blocks[-1] += members
         used += needed
     return blocks
+
+
+def _rows_of(table: Table, block: Sequence[int]) -> list[Row]:
+    """All rows but published ones that have nothing in these columns."""
+    there = lambda row: any(row.cells[c].mean is not None for c in block)  # noqa: E731
+    return [row for row in table.rows if not row.published or there(row)]
 
 
 def _groups(table: Table, columns: Sequence[int]) -> list[tuple[str, list[int]]]:

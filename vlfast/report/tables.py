@@ -250,13 +250,12 @@ def _by_shots(sweep: Sweep) -> list[Method]:
 
 def _caption(sweep: Sweep, metric: str) -> str:
     seeds = sweep.seeds()
-    shots = sorted({m.shots for m in sweep.methods() if m.shots is not None})
+    amounts = [m.learned_from for m in _by_shots(sweep) if m.shots is not None]
     parts = [f"{_METRICS[metric].capitalize()}, %."]
     if sweep.source is not None:
         parts.append(f"Trained on {title_of(sweep.source)}; the average is over the targets alone.")
-    if sweep.protocol != "few-shot" and shots:
-        names = ["all images" if s == 0 else f"{s} shots" for s in shots]
-        parts.append(f"Learned from {' or '.join(names)}.")
+    if sweep.protocol != "few-shot" and amounts:
+        parts.append(f"Learned from {' or '.join(dict.fromkeys(amounts))}.")
     if len(seeds) > 1:
         listed = ", ".join(map(str, seeds))
         parts.append(
@@ -323,7 +322,7 @@ def _of_shots(sweep: Sweep, method: Method) -> str:
     several = len({m.shots for m in sweep.methods() if m.shots is not None}) > 1
     if not several or method.shots is None:
         return ""
-    return f" ({method.shots_text} {'shots' if method.shots else 'images'})"
+    return f" ({method.learned_from})"
 
 
 def _unlike_tests(sweep: Sweep) -> dict[str, list[int]]:
@@ -396,9 +395,7 @@ def _published_rows(
                 f"The published numbers of {backbone} are not comparable with {sweep.model}."
             )
         if method.shots_text != published.shots:
-            notes.append(
-                f"{name}: published with {published.shots} shots and not comparable with ours."
-            )
+            notes.append(f"{label}: of other shots ({published.shots}) than ours, not comparable.")
     return rows, notes
 
 
