@@ -2,26 +2,27 @@
 
     python -m benchmarks.methods --jobs 2
 
-Each recipe and seed is a run of its own (`vlfast train`), in processes of one thread each. Finished
-runs are not run again, stopped ones go on. PromptKD has two stages: its teacher is a run, too.
+The runs are those of `vlfast run base-to-new`, in processes of one thread each. Finished runs are
+not run again, stopped ones go on. PromptKD has two stages: its teacher is a run, too.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import shutil
 import statistics
-import subprocess
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from vlfast.evaluation.metrics import harmonic_mean
+from vlfast.protocols.results import Result, read_result
+from vlfast.protocols.sweep import run_protocol
+from vlfast.trainers.config import merge_options
 from vlfast.trainers.recipes import RECIPES
 from vlfast.trainers.run_folder import RunFolder
 
@@ -41,37 +42,54 @@ def write_dictionary(path: Path) -> None:
     path.write_text("\n".join(known) + "\n", encoding="utf-8")
 
 
-def options_of(recipe: str, theme: str, seed: int, root: Path) -> list[str]:
-    """The command-line options of one run."""
-    folder = str(root / f"{recipe}-seed{seed}")
-    options = ["--data", f"glyphs/{theme}", "--data.classes", "base", "--seed", str(seed)]
-    if recipe == TEACHER:
+def stages(recipes: Sequence[str], root: Path) -> list[tuple[list[str], Path, dict[str, Any]]]:
+    """(recipes, output, options) of one protocol after the other: those that need options of their
+    own by themselves, and PromptKD after its teacher."""
+    alone: dict[str, tuple[str, Path, dict[str, Any]]] = {
         # Stage one. The large model's image tower is a ResNet, which takes no tokens: KgCoOp.
-        options += ["--recipe", "kgcoop", "--model", "glyphs-teacher"]
-    else:
-        options += ["--recipe", recipe, "--model", "glyphs-student"]
-    if recipe == "kdpl-ca":
-        options += ["--data.dictionary", str(root / "dictionary.txt")]
-    if recipe == "promptkd":
-        options += ["--teacher.run", str(root / f"{TEACHER}-seed{seed}")]
-    return [*options, "--model.device", "cpu", "--output", folder]
+        TEACHER: ("kgcoop", root / TEACHER, {"model": {"name": "glyphs-teacher"}}),
+        "kdpl-ca": ("kdpl-ca", root, {"data": {"dictionary": str(root / "dictionary.txt")}}),
+        "promptkd": (
+            "promptkd",
+            root,
+            {"teacher": {"run": str(root / TEACHER / "{dataset}" / "kgcoop-16shots-seed{seed}")}},
+        ),
+    }
+    plain = [recipe for recipe in recipes if recipe not in alone]
+    found = [
+        ([name], output, options)
+        for key, (name, output, options) in alone.items()
+        if key in recipes
+    ]
+    return [*found, *([(plain, root, {})] if plain else [])]
 
 
-def run_once(recipe: str, theme: str, seed: int, root: Path) -> None:
-    folder = root / f"{recipe}-seed{seed}"
-    if (folder / "result.json").is_file():
-        return
-    command = [sys.executable, "-m", "vlfast", "train"]
-    if (folder / "config.yaml").is_file():
-        command += ["--resume", str(folder)]
-    else:
-        command += options_of(recipe, theme, seed, root)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise RuntimeError(f"{recipe}, seed {seed}: {said[-1]}")
-    print(f"{recipe}, seed {seed}: done", file=sys.stderr, flush=True)
+def run_all(
+    recipes: Sequence[str], theme: str, seeds: Sequence[int], root: Path, jobs: int
+) -> dict[str, list[Result]]:
+    """The finished runs by recipe. RuntimeError, after all the others, if one failed."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    found: dict[str, list[Result]] = {}
+    failed = []
+    for names, output, options in stages(recipes, root):
+        model = {"name": "glyphs-student", "device": "cpu"}
+        outcome = run_protocol(
+            "base-to-new",
+            names,
+            [f"glyphs/{theme}"],
+            output=output,
+            seeds=seeds,
+            options=merge_options({"model": model}, options),
+            jobs=jobs,
+            report=lambda line: print(line, file=sys.stderr, flush=True),
+        )
+        failed += [f"{cell}: {reason}" for cell, reason in outcome.failed.items()]
+        for cell in outcome.done:
+            recipe = TEACHER if output != root else cell.config.recipe.name
+            found.setdefault(recipe, []).append(read_result(cell.folder))
+    if failed:
+        raise RuntimeError("; ".join(failed))
+    return found
 
 
 def fastest_epoch(folder: Path) -> float:
@@ -80,7 +98,7 @@ def fastest_epoch(folder: Path) -> float:
     return min((after - before for before, after in pairwise(ends)), default=math.inf)
 
 
-def table(recipes: Sequence[str], seeds: Sequence[int], root: Path) -> str:
+def table(recipes: Sequence[str], results: Mapping[str, Sequence[Result]]) -> str:
     """Markdown: means over seeds with the standard deviation; the harmonic mean is that of the mean
     base and the mean new accuracy, as in the papers. "Other hands": the mean harmonic mean on
     drawings of other families. An epoch's seconds are those of the fastest, since runs share the
@@ -90,25 +108,23 @@ def table(recipes: Sequence[str], seeds: Sequence[int], root: Path) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for recipe in recipes:
-        results = [
-            json.loads((root / f"{recipe}-seed{seed}" / "result.json").read_text())
-            for seed in seeds
-        ]
+        of_recipe = results[recipe]
         cells = [recipe]
         means = {}
         for part in ("base", "new"):
-            values = [result["accuracy"][part]["accuracy"] for result in results]
+            values = [result.scores[result.dataset][part]["accuracy"] for result in of_recipe]
             means[part] = statistics.mean(values)
             cells.append(f"{means[part]:.1f} ± {statistics.pstdev(values):.1f}")
         cells.append(f"{harmonic_mean(**means):.1f}")
         others = [
             scores["harmonic_mean"]
-            for result in results
-            for scores in result["accuracy"]["domains"].values()
+            for result in of_recipe
+            for name, scores in result.scores.items()
+            if name != result.dataset
         ]
         cells.append(f"{statistics.mean(others):.1f}")
-        cells.append(str(results[0]["epochs"]))
-        fastest = min(map(fastest_epoch, (root / f"{recipe}-seed{seed}" for seed in seeds)))
+        cells.append(str(of_recipe[0].epochs))
+        fastest = min(fastest_epoch(result.folder) for result in of_recipe)
         cells.append("-" if fastest == math.inf else f"{fastest:.2f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -127,15 +143,8 @@ def main() -> None:
         shutil.rmtree(options.output)
     if "kdpl-ca" in options.recipes:
         write_dictionary(options.output / "dictionary.txt")
-    # Teachers first: PromptKD's second stage needs them.
-    for stage in (
-        [r for r in options.recipes if r == TEACHER],
-        [r for r in options.recipes if r != TEACHER],
-    ):
-        cells = [(recipe, seed) for seed in options.seeds for recipe in stage]
-        with ThreadPoolExecutor(options.jobs) as pool:
-            list(pool.map(lambda c: run_once(c[0], options.theme, c[1], options.output), cells))
-    print(table(options.recipes, options.seeds, options.output))
+    results = run_all(options.recipes, options.theme, options.seeds, options.output, options.jobs)
+    print(table(options.recipes, results))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from vlfast.version import __version__
 
 if TYPE_CHECKING:
     from vlfast import dropin
+    from vlfast.checkpoints.exporting import export_checkpoint
+    from vlfast.checkpoints.importing import import_checkpoint
     from vlfast.clip.models import ClipModel, load_clip, wrap_clip
     from vlfast.clip.text_tower import TextTower
     from vlfast.data.catalog import load_dataset
@@ -31,8 +33,10 @@ __all__ = [
     "__version__",
     "accelerate",
     "dropin",
+    "export_checkpoint",
     "fit",
     "gated_mixture_loss",
+    "import_checkpoint",
     "load",
     "load_clip",
     "load_dataset",
@@ -59,6 +63,8 @@ _LAZY = {
     "dropin": "vlfast.dropin",
     "restore": "vlfast.dropin",
     "VlfastError": "vlfast.errors",
+    "export_checkpoint": "vlfast.checkpoints.exporting",
+    "import_checkpoint": "vlfast.checkpoints.importing",
     "Prediction": "vlfast.run",
     "Run": "vlfast.run",
     "fit": "vlfast.run",

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vlfast.clip.models import ClipModel
-from vlfast.data.dataset import Dataset
+from vlfast.data.dataset import Dataset, no_training_images
 from vlfast.data.views import Views, worker_errors
 from vlfast.errors import VlfastError
 from vlfast.parts import check_config, load_parts, load_teacher
@@ -82,7 +82,7 @@ def write_features(
     if config.data.shots:
         drawn = drawn.few_shot(config.data.shots, config.seed)
     if not len(drawn.train):
-        raise VlfastError(f"data: {dataset.name} has no training images")
+        raise VlfastError(no_training_images(dataset))
     teacher = load_teacher(config, clip, dataset.classnames, template)
     about = {
         "data": about_data(config, dataset, drawn.fingerprint(), clip),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from vlfast.clip.models import ClipModel, load_clip
 from vlfast.data.catalog import load_dataset
 from vlfast.data.dataset import Dataset
+from vlfast.data.dictionary import read_names
 from vlfast.data.templates import POOLS
 from vlfast.errors import UnknownNameError, VlfastError
 from vlfast.prompts import HardPrompt, Prompts, build_prompts
@@ -48,10 +49,13 @@ def load_parts(
         clip.text_tower.max_memory = config.model.max_memory
     if dataset is None:
         dataset = recorded_dataset(config)
+    if config.data.unlabelled and not len(dataset.train):
+        # Transductive, as PromptKD learns on ImageNet's variants, which are tests alone.
+        dataset = replace(dataset, train=dataset.test)
     config.model.name, config.model.pretrained = clip.name, clip.pretrained
     data, teacher = config.data, config.teacher
     data.root, data.features = _absolute(data.root), _absolute(data.features)
-    data.classnames = _absolute(data.classnames)
+    data.classnames, data.test_features = map(_absolute, (data.classnames, data.test_features))
     teacher.run, teacher.features = _absolute(teacher.run), _absolute(teacher.features)
     for objective in config.objectives:
         for option in ("pool", "templates"):  # a file, unless it is a pool by its name
@@ -61,7 +65,7 @@ def load_parts(
 
 
 def _absolute(path: str | None) -> str | None:
-    return None if path is None else str(Path(path).absolute())
+    return None if path is None else str(Path(path).expanduser().absolute())
 
 
 def recorded_clip(config: Config, device: torch.device) -> ClipModel:
@@ -74,8 +78,14 @@ def recorded_clip(config: Config, device: torch.device) -> ClipModel:
 
 
 def recorded_dataset(config: Config) -> Dataset:
+    data = config.data
+    classnames: str | Sequence[str] | None = data.classnames
+    if data.name == "unlabelled" and classnames is None and data.dictionary is not None:
+        # Without class names the images may show whatever the dictionary has.
+        names = read_names(data.dictionary, "data.dictionary")
+        classnames = tuple(dict.fromkeys(name for _, name in names))
     try:
-        return load_dataset(config.data.name, config.data.root, config.data.classnames)
+        return load_dataset(data.name, data.root, classnames)
     except UnknownNameError as error:
         raise UnknownNameError(
             f"{error}; if the dataset was built in Python, pass it: evaluate(data), "

@@ -19,6 +19,7 @@ from vlfast.data.dataset import Dataset
 from vlfast.data.folder import open_image
 from vlfast.data.views import image_batch
 from vlfast.evaluation.evaluate import evaluate_dataset
+from vlfast.evaluation.kept_features import KeptFeatures
 from vlfast.evaluation.predictions import ByTest
 from vlfast.parts import (
     CLASS_FEATURES,
@@ -33,7 +34,7 @@ from vlfast.trainers.context_history import FILE as CONTEXTS
 from vlfast.trainers.fit import OnStep
 from vlfast.trainers.images import TEST_BATCH, view_config
 from vlfast.trainers.recipes import resolve_config
-from vlfast.trainers.run_folder import CHECKPOINTS, PREDICTIONS, RunFolder
+from vlfast.trainers.run_folder import CHECKPOINTS, IMPORTED, PREDICTIONS, RunFolder
 from vlfast.training import plan_training
 
 # What ``save`` copies besides the config.
@@ -87,9 +88,11 @@ class Run:
         data: Dataset | str | None = None,
         *,
         root: str | None = None,
+        classnames: str | Sequence[str] | None = None,
         predictions: ByTest | None = None,
     ) -> dict[str, Any]:
-        """Test it: on its own dataset, or on ``data`` (a Dataset, or a name with its ``root``).
+        """Test it: on its own dataset, or on ``data`` (a Dataset, or a name with its ``root``
+        and, where it comes without, ``classnames``: a file, or the names).
 
         On its own dataset a run trained on base classes is tested base-to-new; on another, with all
         classes (cross-dataset). Percentages; see
@@ -99,12 +102,15 @@ class Run:
         if data is None:
             dataset = self.dataset
         else:
-            dataset = data if isinstance(data, Dataset) else load_dataset(data, root or config.root)
+            dataset = data
+            if not isinstance(data, Dataset):
+                dataset = load_dataset(data, root or config.root, classnames)
             if dataset.name != config.name and config.template is None:
                 classifier = replace_template(classifier, dataset.template)
         classes = config.classes if dataset.name == config.name else "all"
+        kept = KeptFeatures(config.test_features)
         return evaluate_dataset(
-            classifier, dataset, classes, config.workers, predictions=predictions
+            classifier, dataset, classes, config.workers, kept=kept, predictions=predictions
         )
 
     def predict(
@@ -150,7 +156,7 @@ class Run:
         target = RunFolder(path)
         target.start(self.config)
         tensors = [f"{name}.safetensors" for name in KEPT]
-        for name in [*tensors, "metrics.jsonl", "result.json"]:
+        for name in [*tensors, "metrics.jsonl", "result.json", IMPORTED]:
             if (self.folder.path / name).is_file():
                 shutil.copyfile(self.folder.path / name, target.path / name)
         return target.path
@@ -196,6 +202,9 @@ def resolve_given(
         model = {"name": clip.name, "pretrained": clip.pretrained}
     if dataset is not None:
         data = {"name": dataset.name}
+        if not dataset.labelled:
+            of_data = given.get("data", {})
+            data |= {"shots": of_data.get("shots", 0), "unlabelled": True}
     for section, value in expand_shorthand({"model": model, "data": data}).items():
         if value is not None:
             given[section] = {**given.get(section, {}), **value}
@@ -232,9 +241,11 @@ def resume(
 ) -> Run:
     """Go on with a run after its last finished epoch; a finished run is only loaded.
 
-    clip, dataset: those of a run that was trained on your own.
+    clip, dataset: those of a run that was trained on your own. Raises VlfastError for an imported
+    run.
     """
     folder = RunFolder(path)
+    folder.check_resumable()
     config = folder.read_config()
     config.output = str(path)
     if folder.finished:

@@ -15,11 +15,12 @@ import torch
 from accelerate import Accelerator
 
 from vlfast.clip.models import ClipModel
-from vlfast.data.dataset import Dataset
+from vlfast.data.dataset import Dataset, no_training_images
 from vlfast.data.dictionary import DICTIONARY_TEMPLATE, read_dictionary
 from vlfast.data.templates import prograd_template
 from vlfast.errors import VlfastError
 from vlfast.evaluation.evaluate import evaluate_dataset
+from vlfast.evaluation.kept_features import KeptFeatures
 from vlfast.evaluation.predictions import ByTest, to_tensors
 from vlfast.objectives import Candidates, Objective, Task, build_objectives
 from vlfast.objectives.general_knowledge import GeneralKnowledge
@@ -47,6 +48,7 @@ from vlfast.trainers.distributed import check_batch
 from vlfast.trainers.feature_store import FeatureStore, about_data
 from vlfast.trainers.fit import Fitted, OnStep, fit_prompts
 from vlfast.trainers.gradient_projection import check_projection
+from vlfast.trainers.recipes import check_combination
 from vlfast.trainers.run_folder import PREDICTIONS, RunFolder
 from vlfast.trainers.tensorboard import check_tensorboard
 from vlfast.version import __version__
@@ -116,7 +118,8 @@ class Plan:
         """Scores of ``last``, which the prompts hold, and {"epoch", "accuracy"} of ``best`` where
         validation images chose one. All processes take part."""
         data = self.config.data
-        how = {"workers": data.workers, "accelerator": self.accelerator, "encoded": {}}
+        how = {"workers": data.workers, "accelerator": self.accelerator}
+        how["kept"] = KeptFeatures(data.test_features)
         predictions: ByTest = {}
         accuracy = evaluate_dataset(
             self.classifier, self.dataset, data.classes, predictions=predictions, **how
@@ -148,11 +151,12 @@ class Plan:
                 "fingerprint": self.fingerprint,
                 "classes": self.drawn.num_classes,
                 "images": {name: len(split) for name, split in splits.items()},
+                "few_shot": self.drawn.few_shot_from,
             },
             "seed": self.config.seed,
-            "device": _device_name(self.accelerator.device),
+            "device": device_name(self.accelerator.device),
             "threads": torch.get_num_threads(),
-            "versions": _versions(),
+            "versions": versions(),
         }
 
 
@@ -180,6 +184,9 @@ def plan_training(
     accelerator = _accelerator(config, clip)
     clip, dataset = load_parts(config, accelerator.device, clip, dataset)
     dataset = _with_words(config, dataset)
+    if not dataset.labelled:
+        config.data.unlabelled = True
+        check_combination(config)
     drawn, fingerprint = _draw(config, dataset)
 
     teacher = load_teacher(config, clip, drawn.classnames, dataset.template)
@@ -191,10 +198,12 @@ def plan_training(
     classifier.tokens.check_fits(config.prompts.n_ctx or 0, clip.text_tower.context_length)
 
     objectives = build_objectives(config.objectives)
-    task = Task(classifier, dataset.name, teacher=teacher, labelled=not config.data.unlabelled)
+    # Where nothing is learned no label is missed: zero-shot CLIP is tested all the same.
+    labelled = not config.data.unlabelled or not config.recipe.epochs
+    task = Task(classifier, dataset.name, teacher=teacher, labelled=labelled)
     if names is not None:
         task = _learn_from_dictionary(task, names, config)
-    _check_task(task, objectives)
+    _check_task(task, objectives, dataset)
     if teacher is not None and table is None and not _learns_from_teacher(task, objectives):
         warnings.warn(
             "teacher: nothing learns from it; --objective teacher replaces the labels, "
@@ -281,6 +290,8 @@ def _reads_template(config: Config) -> bool:
 def _draw(config: Config, dataset: Dataset) -> tuple[Dataset, str]:
     """What is trained on, and the fingerprint of the images drawn, of all classes."""
     drawn = dataset
+    if config.recipe.epochs and not len(dataset.train):
+        raise VlfastError(no_training_images(dataset))
     if config.data.shots and config.recipe.epochs:
         drawn = drawn.few_shot(config.data.shots, config.seed)
     fingerprint = drawn.fingerprint()
@@ -312,13 +323,15 @@ def _learn_from_dictionary(task: Task, names: tuple[str, ...], config: Config) -
     )
 
 
-def _check_task(task: Task, objectives: Sequence[Objective]) -> None:
+def _check_task(task: Task, objectives: Sequence[Objective], dataset: Dataset) -> None:
     for objective in objectives:
         if objective.needs_teacher and task.teacher is None:
             raise VlfastError(f"teacher: the {objective.kind} objective needs one: {TEACHERS}")
         if objective.needs_labels and not task.labelled:
             why = "data.unlabelled: "
-            if task.from_dictionary:
+            if not dataset.labelled:
+                why = f"data: the training images of {dataset.name} have no labels, and "
+            elif task.from_dictionary:
                 why = "data.dictionary: the images' labels are not of its names, and "
             raise VlfastError(
                 f"{why}the {objective.kind} objective needs labels; {objective.without_labels}"
@@ -338,16 +351,16 @@ def _check_least_batch(prompts: Prompts, batch: int) -> None:
         )
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return torch.cuda.getdevice_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     return {
         "vlfast": __version__,
         "torch": version("torch"),

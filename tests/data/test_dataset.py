@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from tests.conftest import Squares
+from tests.conftest import Squares, squares_dataset
 from vlfast.data.dataset import Dataset, Split
 
 
@@ -136,3 +136,8 @@ def test_labels_for_every_image():
 def test_unknown_subset():
     with pytest.raises(ValueError, match="classes: expected one of all, base, new, got 'novel'"):
         dataset([0, 1, 2, 3, 4]).restrict("novel")
+
+
+def test_the_fingerprint_does_not_change_between_versions():
+    """Results record it."""
+    assert squares_dataset().fingerprint() == "e9fdf5e6ade33e9b"

@@ -5,6 +5,7 @@ from torch import nn
 
 from tests.conftest import squares_dataset
 from vlfast.evaluation.evaluate import evaluate_dataset
+from vlfast.evaluation.kept_features import KeptFeatures
 from vlfast.prompts import HardPrompt
 from vlfast.prompts.classifier import PromptedClassifier
 from vlfast.trainers import images
@@ -25,22 +26,22 @@ class Turned(HardPrompt):
 
 def test_features_are_kept_unless_prompts_change_them(tiny_clip, monkeypatch):
     data = squares_dataset()
-    encoded = {}
+    kept = KeptFeatures()
     calls = []
 
     def counted(classifier, split, encode=images.encode_split, **options):
         calls.append(len(split))
         return encode(classifier, split, **options)
 
-    monkeypatch.setattr("vlfast.evaluation.evaluate.encode_split", counted)
+    monkeypatch.setattr("vlfast.evaluation.kept_features.encode_split", counted)
     plain = PromptedClassifier(tiny_clip, HardPrompt(), data.classnames, data.template)
-    first = evaluate_dataset(plain, data, "base", encoded=encoded)
-    assert len(calls) == 4 and len(encoded) == 4
-    assert evaluate_dataset(plain, data, "base", encoded=encoded) == first
+    first = evaluate_dataset(plain, data, "base", kept=kept)
+    assert len(calls) == 4
+    assert evaluate_dataset(plain, data, "base", kept=kept) == first
     assert len(calls) == 4
     found = []
     for factor in (1.0, -1.0):
         turned = PromptedClassifier(tiny_clip, Turned(factor), data.classnames, data.template)
-        found.append(evaluate_dataset(turned, data, "base", encoded=encoded))
+        found.append(evaluate_dataset(turned, data, "base", kept=kept))
     assert found[0] == first and found[1] != first
-    assert len(calls) == 12 and len(encoded) == 4
+    assert len(calls) == 12

@@ -32,6 +32,7 @@ def test_run_folder_is_complete(tiny_clip, tmp_path):
         "best.safetensors",
         "state.safetensors",
         "contexts.safetensors",
+        "predictions.safetensors",
         "result.json",
     }
     rows = run.folder.read_metrics()

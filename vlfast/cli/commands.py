@@ -15,10 +15,14 @@ from vlfast.version import __version__
 
 COMMANDS = (
     "train",
+    "run",
+    "report",
     "features",
+    "data",
     "evaluate",
     "predict",
     "interpret",
+    "checkpoint",
     "cost",
     "demo",
     "recipes",

@@ -1,4 +1,5 @@
-"""A user's dictionary of class names, which class-agnostic distillation chooses from."""
+"""A user's files of names: a dictionary that class-agnostic distillation chooses from, and class
+names for images that come without."""
 
 from __future__ import annotations
 
@@ -21,20 +22,9 @@ def read_dictionary(path: str | Path) -> tuple[str, ...]:
     missing file; VlfastError for another encoding, a blank line, a row of several columns or fewer
     than two names, naming the line.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"data.dictionary: there is no file {path}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise VlfastError(f"data.dictionary: {path} is not UTF-8 ({error})") from error
-    rows = _csv_rows(text, path) if path.suffix.lower() == ".csv" else _lines(text)
     names: dict[str, int] = {}
     repeated = []
-    for number, row in rows:
-        name = row.strip()
-        if not name.replace("_", "").strip():
-            raise VlfastError(f"data.dictionary: line {number} of {path} is blank, expected a name")
+    for number, name in read_names(path, "data.dictionary"):
         if name in names:
             repeated.append(f"{name!r} (lines {names[name]} and {number})")
         else:
@@ -53,25 +43,53 @@ def read_dictionary(path: str | Path) -> tuple[str, ...]:
     return tuple(names)
 
 
+def read_classnames(path: str | Path) -> tuple[str, ...]:
+    """The class names of a file, in label order: one a line, or a .csv file as a dictionary's.
+
+    Two classes may share a name, as in ImageNet. Raises as ``read_dictionary`` does.
+    """
+    names = tuple(name for _, name in read_names(path, "data.classnames"))
+    if not names:
+        raise VlfastError(f"data.classnames: {path} holds no class name")
+    return names
+
+
+def read_names(path: str | Path, option: str) -> list[tuple[int, str]]:
+    """The lines of a file of names and the names on them. option: what the file was given as."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{option}: there is no file {path}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise VlfastError(f"{option}: {path} is not UTF-8 ({error})") from error
+    rows = _csv_rows(text, path, option) if path.suffix.lower() == ".csv" else _lines(text)
+    names = [(number, row.strip()) for number, row in rows]
+    for number, name in names:
+        if not name.replace("_", "").strip():
+            raise VlfastError(f"{option}: line {number} of {path} is blank, expected a name")
+    return names
+
+
 def _lines(text: str) -> list[tuple[int, str]]:
     # Not splitlines(), which also splits where a name holds a rarer separator.
     lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
     return list(enumerate(lines, start=1))
 
 
-def _csv_rows(text: str, path: Path) -> list[tuple[int, str]]:
+def _csv_rows(text: str, path: Path, option: str) -> list[tuple[int, str]]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows = []
     try:
         for row in reader:
             if len(row) > 1:
                 raise VlfastError(
-                    f"data.dictionary: line {reader.line_num} of {path} has {len(row)} columns, "
+                    f"{option}: line {reader.line_num} of {path} has {len(row)} columns, "
                     "expected one (a name with a comma stands in quotes)"
                 )
             rows.append((reader.line_num, row[0] if row else ""))
     except csv.Error as error:
         raise VlfastError(
-            f"data.dictionary: line {reader.line_num} of {path} is not CSV ({error})"
+            f"{option}: line {reader.line_num} of {path} is not CSV ({error})"
         ) from error
     return rows[1:]

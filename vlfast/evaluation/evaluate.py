@@ -6,9 +6,9 @@ from dataclasses import asdict
 from typing import Any
 
 from accelerate import Accelerator
-from torch import Tensor
 
 from vlfast.data.dataset import ClassSubset, Dataset
+from vlfast.evaluation.kept_features import KeptFeatures
 from vlfast.evaluation.metrics import harmonic_mean, score
 from vlfast.evaluation.predictions import ByTest, Predictions
 from vlfast.prompts.classifier import PromptedClassifier
@@ -23,7 +23,7 @@ def evaluate_dataset(
     workers: int | None = None,
     *,
     accelerator: Accelerator | None = None,
-    encoded: dict[tuple[str, str], tuple[Tensor, Tensor]] | None = None,
+    kept: KeptFeatures | None = None,
     predictions: ByTest | None = None,
 ) -> dict[str, Any]:
     """Scores on ``dataset`` (all of its classes) for prompts trained on ``classes``.
@@ -34,10 +34,10 @@ def evaluate_dataset(
     (class_specific) get no new half. A score is {accuracy, macro_f1, images}, in percent.
 
     accelerator: its processes share the images, all of them must call, and all get the scores.
-    encoded: where image features are kept for the next call with the same images and model; those
-    of prompts in the image tower are not. predictions: where what was predicted goes, by test set.
+    kept: where image features are kept for the next call with the same images and model; those of
+    prompts in the image tower are not. predictions: where what was predicted goes, by test set.
     """
-    keep = encoded is not None and not classifier.prompts.learns_images
+    encode = encode_split if kept is None else kept.encode
     tests = {"": "test", **{name: name for name in dataset.domains}}
     scores: dict[str, dict[str, Any]] = {domain: {} for domain in tests}
     for part in _parts(classifier, dataset, classes):
@@ -47,12 +47,7 @@ def evaluate_dataset(
             split = half.splits()[split_name]
             if not len(split):
                 continue
-            found = encoded.get((part, domain)) if keep else None
-            if found is None:
-                mine = share_of(split, accelerator)
-                found = encode_split(classifier, mine, workers=workers)
-            if keep:
-                encoded[part, domain] = found
+            found = encode(classifier, share_of(split, accelerator), workers=workers)
             logits, labels = (
                 gather_shares(rows, len(split), accelerator)
                 for rows in (named.predict(found[0]), found[1])

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-
-# Okabe and Ito's colours, which remain distinct to colour-blind readers.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-RIGHT, WRONG, INK, FAINT = "#009E73", "#B3261E", "#202124", "#80868B"
+from vlfast.evaluation.style import (
+    COLOURS,
+    FAINT,
+    INK,
+    RIGHT,
+    WRONG,
+    new_figure,
+    plain_axes,
+    save_figure,
+)
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def plot_training(metrics: Mapping[str, Sequence[Mapping[str, Any]]], path: str 
     panels.append(("val_accuracy", "accuracy, validation", "%"))
     if any("perplexity" in row for rows in metrics.values() for row in rows):
         panels.append(("perplexity", "log perplexity of the context", "nats a vector"))
-    figure = _figure(4.4 * len(panels), 3.6)
+    figure = new_figure(4.4 * len(panels), 3.6)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (key, title, unit) in zip(axes, panels, strict=True):
         for colour, (name, rows) in zip(COLOURS, metrics.items(), strict=False):
@@ -84,9 +86,9 @@ def plot_training(metrics: Mapping[str, Sequence[Mapping[str, Any]]], path: str 
         axis.set_title(title, fontsize=11, color=INK, loc="left")
         axis.set_xlabel("epoch", color=FAINT)
         axis.set_ylabel(unit, color=FAINT)
-        _plain(axis)
+        plain_axes(axis)
     axes[0].legend(frameon=False, fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_predictions(
@@ -102,7 +104,7 @@ def plot_predictions(
     rows = -(-len(examples) // columns)
     lines = max(len(example.guesses) for example in examples)
     picture, text = 2.0, 0.21 * lines + 0.1
-    figure = _figure(2.3 * columns, (picture + text + 0.35) * rows + 0.4)
+    figure = new_figure(2.3 * columns, (picture + text + 0.35) * rows + 0.4)
     figure.suptitle(title, fontsize=13, color=INK, x=0.01, ha="left")
     axes = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[picture, text] * rows)
     for axis in axes.flatten():
@@ -126,7 +128,7 @@ def plot_predictions(
                 color=RIGHT if right else WRONG,
                 fontweight="bold" if right else "normal",
             )
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_word_history(history: WordHistory, path: str | Path, *, title: str) -> None:
@@ -136,7 +138,7 @@ def plot_word_history(history: WordHistory, path: str | Path, *, title: str) -> 
     """
     epochs, count = history.distances.shape
     width, row = 9.5, 0.34
-    figure = _figure(width + 2.2, row * count + 1.3)
+    figure = new_figure(width + 2.2, row * count + 1.3)
     axis = figure.subplots()
     image = axis.imshow(
         history.distances.T,
@@ -175,7 +177,7 @@ def plot_word_history(history: WordHistory, path: str | Path, *, title: str) -> 
     bar.set_label("distance to the nearest word", color=FAINT, fontsize=9)
     bar.ax.tick_params(colors=FAINT, length=0)
     bar.outline.set_visible(False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_prompt_shares(
@@ -189,7 +191,7 @@ def plot_prompt_shares(
     rows = [shares.shares.mean(axis=0), *shown]
     labels = ["all classes", *shares.classnames[:classes]]
     columns = len(shares.templates)
-    figure = _figure(0.5 * columns + 3.4, 0.26 * len(rows) + 2.4)
+    figure = new_figure(0.5 * columns + 3.4, 0.26 * len(rows) + 2.4)
     axis = figure.subplots()
     image = axis.imshow(rows, aspect="auto", cmap="YlGnBu", vmin=0, interpolation="nearest")
     for y, row in enumerate(rows):
@@ -208,30 +210,10 @@ def plot_prompt_shares(
     for side in axis.spines.values():
         side.set_visible(False)
     figure.suptitle(f"{title} (%)", fontsize=11, color=INK, x=0.01, ha="left")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _runs_of(values: Sequence[str]) -> list[tuple[int, int]]:
     """[start, end) of each stretch of equal values."""
     starts = [i for i, value in enumerate(values) if i == 0 or value != values[i - 1]]
     return list(zip(starts, [*starts[1:], len(values)], strict=True))
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained", dpi=130)
-
-
-def _plain(axis: Axes) -> None:
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axis.spines[side].set_color(FAINT)
-    axis.tick_params(colors=FAINT)
-    axis.grid(axis="y", color="#E8EAED", linewidth=0.8)
-
-
-def _save(figure: Figure, path: str | Path) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, facecolor="white")

@@ -23,8 +23,12 @@ def accuracy_table(accuracy: Mapping[str, Any], best: Mapping[str, Any] | None =
     """A run's accuracy, one line a test set: base, new and harmonic mean, or the test accuracy.
 
     best: {"epoch", "accuracy"} of the epoch that the validation images chose; each set then has a
-    line for it below that of the last epoch.
+    line for it below that of the last epoch. Without test images it says so.
     """
+    if not accuracy:
+        return (
+            "no test images; `vlfast evaluate RUN --data NAME --data.root DIR` tests it elsewhere"
+        )
     sets = {"test": accuracy, **accuracy.get("domains", {})}
     if best is not None:
         chosen = best["accuracy"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from vlfast.clip.text_tower import Position
@@ -53,6 +54,8 @@ class DataConfig:
             epoch draws new ones.
         features: A folder that `vlfast features` wrote: train from the stored features of the
             frozen models instead of computing them in every step.
+        test_features: A folder that keeps what the frozen image tower makes of test images, for
+            other runs with the same model and images; filled as needed.
         unlabelled: Train on the images of all classes, whatever `classes` says, without labels.
         dictionary: A file of class names, one a line, to learn from instead of the dataset's
             (class-agnostic KDPL): in each step those that the teacher finds most probable.
@@ -69,6 +72,7 @@ class DataConfig:
     augment: bool = True
     views: int | None = None
     features: str | None = None
+    test_features: str | None = None
     unlabelled: bool = False
     dictionary: str | None = None
     top_classes: int = 1000
@@ -225,6 +229,12 @@ def config_parser(prog: str = "vlfast", description: str | None = None) -> Argum
     return parser
 
 
+@cache
+def _object_parser() -> ArgumentParser:
+    """For nested values: making one takes longer than using it."""
+    return config_parser()
+
+
 def build_config(values: Mapping[str, Any]) -> Config:
     """A Config from nested values, every type checked; what is not given takes its default.
 
@@ -235,7 +245,7 @@ def build_config(values: Mapping[str, Any]) -> Config:
 
     values = expand_shorthand(values)
     check_options(values)
-    parser = config_parser()
+    parser = _object_parser()
     try:
         built = parser.instantiate(parser.parse_object(values))
     except ArgumentError as error:

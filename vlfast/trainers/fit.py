@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
-from vlfast.data.dataset import Dataset
+from vlfast.data.dataset import Dataset, no_training_images
 from vlfast.data.views import Views, view_number, worker_errors
 from vlfast.errors import VlfastError
 from vlfast.objectives import Batch, Objective, Step, Task
@@ -186,7 +186,7 @@ def fit_prompts(
             f"but recipe.epochs is {recipe.epochs}"
         )
     if recipe.epochs and not len(dataset.train):
-        raise VlfastError(f"data: {dataset.name} has no training images")
+        raise VlfastError(no_training_images(dataset))
     averaging = Averaging.of_recipe(recipe, training.named_parameters())
     state = _State(
         training,

@@ -514,6 +514,8 @@ def resolve_config(given: Mapping[str, Any], blocks: tuple[int, int] | None = No
     check_options(given)
     if isinstance(given.get("data", {}).get("name"), str):
         given["data"] = {**given["data"], "name": canonical_name(given["data"]["name"])}
+        if given["data"]["name"] == "unlabelled":
+            given["data"] = _without_labels(given["data"])
     recipe = given.get("recipe", {})
     name = recipe.get("name", "coop")
     sections = {key: given[key] for key in ("data", "model") if key in given}
@@ -550,8 +552,20 @@ def resolve_config(given: Mapping[str, Any], blocks: tuple[int, int] | None = No
         merged["teacher"] = {**teacher, **default_teacher(name, partial.model)}
     config = build_config(merged)
     _check_values(config)
-    _check_combination(config)
+    check_combination(config)
     return config
+
+
+def _without_labels(data: Overrides) -> Overrides:
+    """The options of images without labels. VlfastError for those that need labels."""
+    if data.get("shots"):
+        raise VlfastError(
+            "data.shots: images without labels can't be drawn by class, all of them are taken: "
+            f"leave it out, or give 0, got {data['shots']}"
+        )
+    if data.get("unlabelled") is False:
+        raise VlfastError("data.unlabelled: the images of unlabelled have no labels, got false")
+    return {**data, "shots": 0, "unlabelled": True}
 
 
 def _prompts_kind(name: str) -> str:
@@ -563,7 +577,7 @@ def _prompts_kind(name: str) -> str:
     return PROMPTS_OF.get(name, name)
 
 
-def _check_combination(config: Config) -> None:
+def check_combination(config: Config) -> None:
     """Raise VlfastError for parts that make no sense together, with the reason."""
     prompts = config.prompts
     if prompts.class_features == "teacher":

@@ -20,7 +20,10 @@ from vlfast.trainers.files import replacing
 
 FORMAT = "vlfast-1"
 CHECKPOINTS = ("last", "best")
+# libyaml's where it was built in, ten times as fast.
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 PREDICTIONS = "predictions"  # of last, for every test image
+IMPORTED = "imported.json"  # in the folder of a run that others trained: where it came from
 
 
 class RunFolder:
@@ -38,10 +41,16 @@ class RunFolder:
     def finished(self) -> bool:
         return (self.path / "result.json").is_file()
 
+    @property
+    def imported(self) -> bool:
+        return (self.path / IMPORTED).is_file()
+
     def check_free(self) -> None:
         """Raise VlfastError if the folder holds a run."""
         if not self.started:
             return
+        if self.imported:
+            raise VlfastError(f"output: {self.path} holds an imported run; choose another folder")
         if self.finished:
             raise VlfastError(f"output: {self.path} holds a finished run; choose another folder")
         raise VlfastError(
@@ -65,18 +74,23 @@ class RunFolder:
 
     def read_config(self) -> Config:
         """Raises FileNotFoundError or VlfastError for what is no run's folder."""
+        return build_config(self.read_options())
+
+    def read_options(self) -> dict[str, Any]:
+        """The config as it lies there, unchecked: reading many is quick. Raises as
+        ``read_config``."""
         file = self.path / "config.yaml"
         if not file.is_file():
             raise FileNotFoundError(
                 f"run: {self.path} is not a run's folder, it has no config.yaml"
             )
         try:
-            values = yaml.safe_load(file.read_text(encoding="utf-8"))
+            values = yaml.load(file.read_text(encoding="utf-8"), _LOADER)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise VlfastError(f"run: {file} is not valid YAML") from error
         if not isinstance(values, dict):
             raise VlfastError(f"run: {file} does not hold a run's config")
-        return build_config(values)
+        return values
 
     def write_tensors(
         self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
@@ -113,6 +127,19 @@ class RunFolder:
         with replacing(self.path / "metrics.jsonl") as path:
             path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
+    def write_imported(self, about: Mapping[str, Any]) -> None:
+        """Say where a run that others trained came from."""
+        with replacing(self.path / IMPORTED) as path:
+            path.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+    def check_resumable(self) -> None:
+        """Raise VlfastError for a run that was trained elsewhere."""
+        if self.imported:
+            raise VlfastError(
+                f"resume: {self.path} was imported and has no training state to go on from; "
+                "`vlfast evaluate` tests it, `vlfast train` trains one of its kind"
+            )
+
     def write_result(self, result: Mapping[str, Any]) -> None:
         with replacing(self.path / "result.json") as path:
             path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -120,7 +147,8 @@ class RunFolder:
     def read_result(self) -> dict[str, Any]:
         file = self.path / "result.json"
         if not file.is_file():
-            raise FileNotFoundError(f"run: {self.path} has no result.json, it is not finished")
+            why = "it was imported; evaluate it" if self.imported else "it is not finished"
+            raise FileNotFoundError(f"run: {self.path} has no result.json, {why}")
         return json.loads(file.read_text(encoding="utf-8"))
 
 
