@@ -16,7 +16,6 @@ def test_report_reads_well():
     report = accelerate(built.model)
     assert str(report).splitlines() == [
         "text_encoder: what all classes share is encoded once, the rest up to EOT",
-        "prompt_learner: prompts are not built where their parts will do",
         "text_encoder: not called yet",
     ]
     built.step(), built.evaluate()
@@ -31,7 +30,7 @@ def test_twice():
     report = accelerate(built.model)
     assert not report.changed and report.left == {"text_encoder": "it is accelerated already"}
     assert [type(module) for module in built.model.modules()] == classes
-    assert restore(built.model) == ["prompt_learner", "text_encoder"]
+    assert restore(built.model) == ["text_encoder"]
     assert restore(built.model) == []
     assert torch.equal(built.evaluate(), expected)
 

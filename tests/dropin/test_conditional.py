@@ -1,4 +1,6 @@
-"""Prompts that stand for a tensor: CoCoOp's of all images at once, and selections of classes."""
+"""CoCoOp's images, encoded together behind its loop, and KDPL's selections of classes."""
+
+import gc
 
 import numpy as np
 import pytest
@@ -6,8 +8,8 @@ import torch
 
 from tests.dropin.lookalikes import SMALL, build
 from tests.dropin.support import distance, guard_of
-from vlfast.dropin import accelerate
-from vlfast.dropin.assembled import BatchPrompts, LearnedPrompts, Parts
+from vlfast.dropin import accelerate, text_encoder
+from vlfast.dropin.image_batch import image_batch
 
 
 @pytest.mark.parametrize("images", [1, 2, 5])
@@ -26,10 +28,9 @@ def test_cocoop(images, classes):
 
 
 def test_images_are_encoded_together_where_they_are_learned_from(monkeypatch):
-    from vlfast.dropin import text_encoder
-
     built = build("cocoop", images=30, classes=20)
-    accelerate(built.model)
+    report = accelerate(built.model)
+    assert report.changed["text_encoder"].endswith("up to EOT, of all images together")
     built.step(), built.evaluate()
     rows, through = [], text_encoder._through
 
@@ -45,54 +46,88 @@ def test_images_are_encoded_together_where_they_are_learned_from(monkeypatch):
     # No more at a time than the original has for one image.
     assert sum(images for images, _ in rows) == 30 and len(rows) > 1
     assert all(count <= 20 * SMALL.length for _, count in rows)
+    gc.collect()
+    assert len(guard_of(built.model).encoder.batches) == 0
 
 
-def test_prompts_stand_for_their_tensor():
-    built = build("cocoop", images=3, classes=4)
-    learner = built.model.prompt_learner
-    features = torch.randn(3, SMALL.joint)
+def test_inference_mode():
+    built = build("cocoop")
+    expected = built.evaluate()
+    accelerate(built.model)
+    with torch.inference_mode():
+        for _ in range(2):
+            assert distance(built.model(built.images), expected) <= 1e-5
+
+
+def test_which_image_of_a_batch():
+    batch = torch.randn(3, 2, 5, 4, requires_grad=True) * 1
+    for image, view in enumerate(batch):
+        found = image_batch(view)
+        assert found[0] is batch and found[1] == image
+    assert image_batch(batch[-1])[1] == 2 and image_batch(batch[1:][1])[1] == 2
+    others = [batch[:, 0], batch[1] + 0, batch[1].detach(), batch[:, :1].expand(3, 2, 5, 4)[1]]
+    others += [batch.transpose(0, 1)[0], batch[0].transpose(0, 1)]
+    assert [image_batch(other) for other in others] == [None] * len(others)
+
+
+def of_images(model, images, change=lambda prompts: None, grad=True):
+    """Features of all images in a loop, and the context's gradient."""
+    prompts, features = model.prompt_learner(images), []
+    for image in range(len(images)):
+        its = prompts[image]
+        change(its)
+        features.append(model.text_encoder(its, model.tokenized_prompts))
+        if not grad:
+            # A caller's own, to write to.
+            kept = features.pop()
+            features.append(kept.clone())
+            kept.zero_()
+    features = torch.stack(features)
+    if not grad:
+        return features, None
+    upstream = torch.linspace(-1, 1, features.numel()).view_as(features)
+    return features.detach(), torch.autograd.grad(features, [model.prompt_learner.ctx], upstream)[0]
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_prompts_may_be_written_to_in_the_loop(grad):
+    model = build("cocoop").model
+    images = torch.randn(3, SMALL.joint)
+
+    def change(prompts):
+        prompts[:, 1:4] *= 1.5
+
+    with torch.set_grad_enabled(grad):
+        expected = of_images(model, images, change, grad)
+        accelerate(model)
+        for _ in range(2):
+            found = of_images(model, images, change, grad)
+            assert distance(found[0], expected[0]) <= 1e-5
+            assert not grad or distance(found[1], expected[1]) <= 1e-4
+
+
+def test_a_batch_that_is_asked_twice():
+    model = build("cocoop").model
+    accelerate(model)
     with torch.no_grad():
-        tensor = learner(features)
-        accelerate(built.model)
-        prompts = learner(features)
-    assert isinstance(prompts, BatchPrompts) and prompts.shape == tensor.shape
-    assert len(prompts) == 3 and prompts.dtype == tensor.dtype and prompts.ndim == 4
-    assert torch.equal(prompts[1].tensor(), tensor[1]) and torch.equal(prompts[:2], tensor[:2])
-    assert torch.equal(torch.cat([prompts, prompts]), torch.cat([tensor, tensor]))
-    assert torch.equal(prompts + 1, tensor + 1) and torch.equal(1 + prompts[2], 1 + tensor[2])
-    assert torch.equal(prompts.mean(dim=0), tensor.mean(dim=0))
-    assert torch.equal(prompts[-1].double(), tensor[-1].double())
-    assert prompts.to("cpu") is prompts and prompts.float() is prompts
-    assert [len(one) for one in prompts] == [4, 4, 4]
-    with pytest.raises(IndexError):
-        prompts[3]
+        prompts = model.prompt_learner(torch.randn(3, SMALL.joint))
+        first = [model.text_encoder(p, model.tokenized_prompts) for p in prompts]
+        expected = [features.clone() for features in first]
+        for features in first:
+            features.zero_()
+        for its_prompts, wanted in zip(prompts, expected, strict=True):
+            assert torch.equal(model.text_encoder(its_prompts, model.tokenized_prompts), wanted)
 
 
 @pytest.mark.parametrize("class_specific", [False, True])
 @pytest.mark.parametrize("form", [np.array, torch.tensor, list])
-def test_classes_are_selected_before_prompts_are_built(class_specific, form, monkeypatch):
-    built = build("kdpl-coop", classes=12, class_specific=class_specific)
-    model = built.model
-    index = form([7, 0, 11])
-    expected = model(built.images, index).detach()
+def test_selections_of_classes(class_specific, form):
+    model = (built := build("kdpl-coop", classes=12, class_specific=class_specific)).model
+    selections = [[7, 0, 11], [3], [11, 2, 5, 1, 0]]
+    expected = [model(built.images, form(index)).detach() for index in selections]
     accelerate(model)
-    model(built.images, index)
-    built_classes, prompts = [], Parts.prompts
-
-    def counted(self, image=0):
-        built_classes.append(self.shape[0])
-        return prompts(self, image)
-
-    monkeypatch.setattr(Parts, "prompts", counted)
-    assert distance(model(built.images, index).detach(), expected) <= 1e-5
-    assert built_classes == ([3] if class_specific else [])
-    whole = model.prompt_learner()
-    assert isinstance(whole, LearnedPrompts)
-    assert isinstance(whole[index], LearnedPrompts) and whole[index].shape[0] == 3
-    assert torch.equal(whole[index].tensor(), whole.tensor()[index])
-    assert torch.equal(whole[[True, False] * 6], whole.tensor()[[True, False] * 6])
-    with pytest.raises(IndexError):
-        whole[form([12])]
+    for index, logits in zip(selections * 2, expected * 2, strict=True):
+        assert distance(model(built.images, form(index)).detach(), logits) <= 1e-5
 
 
 def test_conditional_selections():
@@ -103,66 +138,9 @@ def test_conditional_selections():
     accelerate(model)
     for index, logits in zip(indices * 2, expected * 2, strict=True):
         assert distance(model(built.images, index).detach(), logits) <= 1e-5
-    assert isinstance(model.prompt_learner(torch.randn(2, SMALL.joint), indices[0]), BatchPrompts)
 
 
-@pytest.mark.parametrize("family", ["maple", "mopd"])
-def test_what_comes_with_the_prompts_stays(family):
-    model = build(family).model
-    before = model.prompt_learner()
-    accelerate(model)
-    prompts, *rest = model.prompt_learner()
-    assert isinstance(prompts, LearnedPrompts) and torch.equal(prompts.tensor(), before[0])
-    for one, other in zip(rest, before[1:], strict=True):
-        if isinstance(other, torch.Tensor):
-            assert torch.equal(one, other)
-        else:
-            assert all(map(torch.equal, one, other))
-
-
-def own_way(learner, forward):
-    learner.__class__ = type("Learner", (type(learner),), {"forward": forward})
-
-
-def scaled(self):
-    return self.construct_prompts(self.ctx.expand(7, -1, -1), self.token_prefix, self.token_suffix)
-
-
-def noisy(self):
-    ctx = self.ctx + (torch.randn_like(self.ctx) if self.training else 0)
-    return self.construct_prompts(
-        ctx.expand(self.n_cls, -1, -1), self.token_prefix, self.token_suffix
-    )
-
-
-def warmed_up(self):
-    ctx = self.ctx * getattr(self, "warmth", 1.0)
-    return self.construct_prompts(
-        ctx.expand(self.n_cls, -1, -1), self.token_prefix, self.token_suffix
-    )
-
-
-def test_learners_of_another_kind_build_their_own_prompts():
-    model = build("coop").model
-    own_way(model.prompt_learner, noisy)
-    accelerate(model)
-    assert isinstance(model.prompt_learner.eval()(), LearnedPrompts)
-    assert isinstance(model.prompt_learner.train()(), torch.Tensor)
-
-    model = build("coop").model
-    own_way(model.prompt_learner, warmed_up)
-    accelerate(model)
-    assert isinstance(model.prompt_learner(), LearnedPrompts)
-    model.prompt_learner.warmth = 0.5
-    assert isinstance(model.prompt_learner(), torch.Tensor)
-
-    model = build("coop", classes=7).model
-    own_way(model.prompt_learner, scaled)
-    accelerate(model)
-    assert isinstance(model.prompt_learner(), LearnedPrompts)
-
-
-def test_a_failed_check_restores_the_learner(recwarn):
+def test_a_failed_check_warns_once(recwarn):
     built = build("cocoop")
 
     class Last(type(built.model.text_encoder)):
@@ -172,11 +150,9 @@ def test_a_failed_check_restores_the_learner(recwarn):
     built.model.text_encoder.__class__ = Last
     expected = built.step()
     accelerate(built.model)
-    learner = type(built.model.prompt_learner).original_class
     for _ in range(2):
         found = built.step()
         assert distance(found.loss, expected.loss) <= 1e-6
-    assert type(built.model.prompt_learner) is learner
     assert type(built.model.text_encoder) is Last
     assert len([w for w in recwarn if "was restored" in str(w.message)]) == 1
 

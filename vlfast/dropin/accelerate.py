@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vlfast.dropin.guard import AcceleratedTextEncoder, Guard
-from vlfast.dropin.learner import AcceleratedLearner, LearnerState, is_conditional, may_hand_over
+from vlfast.dropin.image_batch import is_conditional
 from vlfast.dropin.swap import is_replica, is_swapped, parameter_names, swap, unswap
 from vlfast.dropin.text_encoder import EncoderState, Reading
 
@@ -100,38 +99,23 @@ def _accelerate_encoder(
     model: nn.Module, prefix: str, name: str, verify: bool, report: Report
 ) -> None:
     module = model.get_submodule(name)
-    holders = list(_holders(model, module))
-    learners = [h.prompt_learner for _, h in holders if _is_module(h, "prompt_learner")]
+    holders = [m for m in model.modules() if any(c is module for c in m._modules.values())]
+    learners = [h.prompt_learner for h in holders if _is_module(h, "prompt_learner")]
     if is_swapped(module):
         report.left[prefix + name] = "it is accelerated already"
-    elif why := _why_not(module, [holder for _, holder in holders]):
+    elif why := _why_not(module, holders):
         report.left[prefix + name] = why
-        return
     else:
         learner = learners[0] if learners else None
         reading = Reading(share=verify or _has_one_context(learners))
         said: list[str] = []
         guard = Guard(name or type(module).__name__, EncoderState(learner, reading), said, verify)
         swap(module, AcceleratedTextEncoder, guard)
-        report.changed[prefix + name] = "what all classes share is encoded once, the rest up to EOT"
-        report.checks[prefix + name] = said
-    for path, holder in holders:
-        learner = getattr(holder, "prompt_learner", None)
-        if is_swapped(learner) or not may_hand_over(learner):
-            continue
-        swap(learner, AcceleratedLearner, LearnerState())
-        place = f"{prefix}{path}.prompt_learner" if path else f"{prefix}prompt_learner"
-        report.changed[place] = (
-            "contexts of all images are encoded together"
-            if is_conditional(learner)
-            else "prompts are not built where their parts will do"
+        together = ", of all images together" if is_conditional(learner) else ""
+        report.changed[prefix + name] = (
+            f"what all classes share is encoded once, the rest up to EOT{together}"
         )
-
-
-def _holders(model: nn.Module, part: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
-        if any(child is part for child in module._modules.values()):
-            yield name, module
+        report.checks[prefix + name] = said
 
 
 def _is_module(holder: nn.Module, name: str) -> bool:

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdRef
 
-from vlfast.dropin.assembled import ImagePrompts, LearnedPrompts
 from vlfast.dropin.deep_prompts import deep_prompts
-from vlfast.dropin.stand_in import as_tensors
 from vlfast.dropin.swap import (
     STATE,
     Swapped,
@@ -26,8 +24,8 @@ from vlfast.dropin.swap import (
     parameter_names,
     unswap,
 )
-from vlfast.dropin.text_encoder import EncoderState, Reading, encode, why_original
-from vlfast.dropin.verify import difference, few_classes, in_fp32, leaves_of
+from vlfast.dropin.text_encoder import EncoderState, Reading, encode, is_watched, why_original
+from vlfast.dropin.verify import difference, few_classes, graph_of, in_fp32
 
 _KEPT = 16
 
@@ -44,15 +42,17 @@ class AcceleratedTextEncoder(Swapped):
         if keywords or len(arguments) < 2:
             guard.say("took the codebase's own way, since it is called with other arguments")
             guard.encoder.last.clear()
-            return original_forward(self, *as_tensors(arguments), **as_tensors(keywords))
+            return original_forward(self, *arguments, **keywords)
         return guard.run(self, *arguments[:2], arguments[2:])
 
 
 class Kind(NamedTuple):
-    """What a check holds for: prompts of a form and precision, and the leaves that learn there."""
+    """What a check holds for: prompts of a form and precision, the leaves that learn there, and the
+    names of the operations that led from them to the prompts."""
 
     form: Hashable
     leaves: frozenset[WeakIdRef]
+    operations: frozenset[str]
 
 
 @dataclass
@@ -78,15 +78,16 @@ class Guard:
         self.__dict__.update(state, checked=set(), lock=threading.RLock())
 
     def run(
-        self, module: nn.Module, prompts: Any, tokenized: Tensor, rest: Sequence[Any]
+        self, module: nn.Module, prompts: Tensor, tokenized: Tensor, rest: Sequence[Any]
     ) -> Tensor:
         if self.off is None:
             if why := why_original(module, self.encoder, prompts, tokenized, rest):
                 self.say(f"took the codebase's own way, since {why}")
                 self.encoder.last.clear()
-                return original_forward(module, as_tensors(prompts), tokenized, *rest)
-            leaves = leaves_of(_given(module, prompts, rest)) if torch.is_grad_enabled() else []
-            kind = Kind(_form(prompts), frozenset(map(WeakIdRef, leaves)))
+                return original_forward(module, prompts, tokenized, *rest)
+            given = _given(module, prompts, rest) if torch.is_grad_enabled() else []
+            leaves, operations = graph_of(given)
+            kind = Kind(_form(prompts), frozenset(map(WeakIdRef, leaves)), operations)
             if not self.verify or self._is_checked(kind):
                 return encode(module, self.encoder, prompts, tokenized, rest, self.reading, kind)
             # Replicas of nn.DataParallel come in threads at once; the first one checks for all.
@@ -96,7 +97,7 @@ class Guard:
             return self.run(module, prompts, tokenized, rest)
         if is_swapped(module) and not is_replica(module):
             unswap(module)
-        return original_forward(module, as_tensors(prompts), tokenized, *rest)
+        return original_forward(module, prompts, tokenized, *rest)
 
     @property
     def reading(self) -> Reading:
@@ -105,7 +106,7 @@ class Guard:
     def check(
         self,
         module: nn.Module,
-        prompts: Any,
+        prompts: Tensor,
         tokenized: Tensor,
         rest: Sequence[Any],
         kind: Kind,
@@ -113,17 +114,22 @@ class Guard:
         """Compare both ways on a few classes; where they differ, try the other readings of the
         codebase, and give up with a warning if none agrees."""
         index = few_classes(tokenized)
-        few = _select(prompts, index)
         tokenized = tokenized[index.to(tokenized.device)]
-        device = few.device
+        device = prompts.device
         autocast = torch.is_autocast_enabled(device.type)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            theirs = original_forward(module, as_tensors(few), tokenized, *rest)
+        # What a checkpoint counts must be the same when it runs the call again.
+        unseen = torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
+        with unseen, torch.random.fork_rng([device] if device.type == "cuda" else []):
+            few = prompts[index.to(device)]
+            if is_watched(prompts):
+                # What looks at them shall not see the check.
+                few = few.detach().requires_grad_()
+            theirs = original_forward(module, few, tokenized, *rest)
 
             def exact() -> Tensor:
                 with torch.autocast(device.type, enabled=False):
                     twin = in_fp32(module, original_class(module))
-                    return type(twin).forward(twin, as_tensors(few).float(), tokenized, *rest)
+                    return type(twin).forward(twin, few.float(), tokenized, *rest)
 
             now, found = self.reading, None
             shares = (True, False) if now.share else (False,)
@@ -132,7 +138,7 @@ class Guard:
                 reading = Reading(share, half)
                 said = difference(
                     lambda reading=reading: encode(
-                        module, self.encoder, _select(few), tokenized, rest, reading, "check"
+                        module, self.encoder, few, tokenized, rest, reading, "check"
                     ),
                     theirs,
                     exact,
@@ -162,8 +168,6 @@ class Guard:
         self.encoder.cache.clear()
         if not is_replica(module):
             unswap(module)
-        if is_swapped(self.encoder.learner):
-            unswap(self.encoder.learner)
         self.say(f"restored, since {why}")
         warnings.warn(f"vlfast: {self.name} was restored, since {why}", stacklevel=2)
 
@@ -178,33 +182,20 @@ class Guard:
             self.said.append(what)
 
 
-def _given(module: nn.Module, prompts: Any, rest: Sequence[Any]) -> list[Any]:
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _given(module: nn.Module, prompts: Tensor, rest: Sequence[Any]) -> list[Any]:
     """The tensors that an encoder is called with."""
-    if isinstance(prompts, LearnedPrompts):
-        given = [prompts.parts.context, prompts.parts.prefix, prompts.parts.suffix]
-    elif isinstance(prompts, ImagePrompts):
-        # One image's stand for all.
-        given = [prompts.batch.parts.context]
-    else:
-        given = [as_tensors(prompts)]
-    return [*given, *deep_prompts(module.transformer.resblocks, rest, False)]
+    return [prompts, *deep_prompts(module.transformer.resblocks, rest, False)]
 
 
-def _form(prompts: Any) -> Hashable:
+def _form(prompts: Tensor) -> Hashable:
     device = prompts.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    return type(prompts), prompts.dtype, device, autocast
+    return prompts.dtype, device, autocast, is_watched(prompts)
 
 
 def _is_deep(module: nn.Module, rest: Sequence[Any]) -> bool:
     return any(v is not None for v in deep_prompts(module.transformer.resblocks, rest, False))
-
-
-def _select(prompts: Any, index: Tensor | None = None) -> Any:
-    """Of these classes, or the same without what it remembers of earlier calls."""
-    if index is None:
-        index = torch.arange(len(prompts))
-    if isinstance(prompts, (LearnedPrompts, ImagePrompts)):
-        return prompts.select(index)
-    prompts = as_tensors(prompts)
-    return prompts[index.to(prompts.device)]

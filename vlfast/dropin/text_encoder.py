@@ -12,18 +12,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from vlfast.clip.block import finish_block, interference, project_qkv, why_block_whole
 from vlfast.clip.feature_cache import FeatureCache
-from vlfast.dropin.assembled import ImagePrompts, LearnedPrompts, Parts
 from vlfast.dropin.causal_mask import MaskReader
 from vlfast.dropin.deep_prompts import deep_prompts
+from vlfast.dropin.image_batch import image_batch, is_conditional
 from vlfast.dropin.packed_prompts import Packing
-from vlfast.dropin.stand_in import StandIn, as_tensors
 from vlfast.dropin.swap import is_replica
 from vlfast.ops import prefix_attention
 
 _KEPT_PACKINGS = 16
+_OF_BLOCKS = ("ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2")
 
 
 class TrainingCall(NamedTuple):
@@ -66,7 +67,8 @@ class EncoderState:
     """What an accelerated text encoder knows beside its weights.
 
     learner: the module that assembles its prompts, or None where none was found. last: by device,
-    for the perplexity.
+    for the perplexity. batches: features of the images that prompts were made for together, as long
+    as those live.
     """
 
     learner: nn.Module | None
@@ -75,6 +77,7 @@ class EncoderState:
     cache: FeatureCache = field(default_factory=FeatureCache)
     masks: MaskReader = field(default_factory=MaskReader)
     packings: OrderedDict[tuple[Any, ...], Packing] = field(default_factory=OrderedDict)
+    batches: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     read_tokens: tuple[weakref.ref[Tensor], int, Ends] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -103,18 +106,27 @@ class EncoderState:
         found = self.packings.pop(key, None)
         if found is None:
             found = Packing.of(ends.positions, length, shared=shared, images=images, device=device)
-        self.packings[key] = found
+        self._keep(key, found)
+        return found
+
+    def _keep(self, key: tuple[Any, ...], packing: Packing) -> None:
+        self.packings[key] = packing
         while len(self.packings) > _KEPT_PACKINGS:
             try:
                 self.packings.popitem(last=False)
             except KeyError:
                 # Another replica's thread was first.
                 break
-        return found
 
-    def packing_of(self, prompts: Tensor, ends: Ends, reading: Reading, kind: Hashable) -> Packing:
-        """For prompts [C, L, d] of which only the values are known."""
-        key = (kind, ends.key, prompts.shape[1], reading.share, prompts.device)
+    def packing_of(
+        self, prompts: Tensor, ends: Ends, reading: Reading, kind: Hashable, whole: bool = False
+    ) -> Packing:
+        """For prompts [B, C, L, d] of B images, of which only the values are known. whole: whether
+        each class's rows have to have their own gradients."""
+        images, _, length, _ = prompts.shape
+        if whole:
+            return self.packing(ends, length, shared=0, images=images, device=prompts.device)
+        key = (kind, ends.key, images, length, reading.share, prompts.device)
         known = self.packings.get(key)
         # Values are compared at every call on a CPU; a GPU would have to be waited for, in training
         # for nothing: there the gradients have shown what is shared.
@@ -123,9 +135,9 @@ class EncoderState:
             return known
         most = min(ends.first, self._most_shared() if reading.share else 1)
         found = self.packing(
-            ends, prompts.shape[1], shared=_common(prompts, most), images=1, device=prompts.device
+            ends, length, shared=_common(prompts, most), images=images, device=prompts.device
         )
-        self.packings[key] = found
+        self._keep(key, found)
         return found
 
     def _most_shared(self) -> int:
@@ -143,13 +155,15 @@ def why_original(
 ) -> str | None:
     """Why this call has to take the codebase's own way, or None. Asked at each call, since hooks
     come and go."""
-    if not isinstance(prompts, (Tensor, StandIn)) or len(prompts.shape) != 3:
+    if not isinstance(prompts, Tensor) or prompts.ndim != 3:
         return "its prompts are no tensor [classes, tokens, width]"
     if not isinstance(tokenized, Tensor) or tuple(tokenized.shape) != tuple(prompts.shape[:2]):
         return "its tokens are no tensor [classes, tokens]"
     if 0 in tokenized.shape:
         return "it is called without classes"
     blocks = encoder.transformer.resblocks
+    if found := _more_parameters(encoder):
+        return f"it holds {found}, which CLIP's text encoder has not"
     if rest and not _are_deep_prompts(blocks, rest):
         return "it is called with more than prompts, tokens and deep prompts"
     places = encoder.positional_embedding
@@ -165,6 +179,27 @@ def why_original(
     return state.masks.why_not_causal(encoder, prompts.shape[1])
 
 
+def _more_parameters(encoder: nn.Module) -> str | None:
+    """What a check may not see, since adapters often begin as nothing."""
+    blocks = list(encoder.transformer.resblocks)
+    known = {encoder, encoder.ln_final, encoder.text_projection, *blocks}
+    for block in blocks:
+        for name in _OF_BLOCKS:
+            part = block._modules.get(name)
+            known.update(() if part is None else part.modules())
+    for name, module in encoder.named_modules():
+        own = [k for k, v in module._parameters.items() if v is not None]
+        if module is encoder:
+            own = [k for k in own if k not in ("positional_embedding", "text_projection")]
+        elif module in blocks:
+            own = [k for k in own if k != "VPT_shallow"]
+        elif module in known:
+            continue
+        if own:
+            return ".".join(filter(None, (name, own[0])))
+    return None
+
+
 def _are_deep_prompts(blocks: Sequence[nn.Module], rest: Sequence[Any]) -> bool:
     if len(rest) != 1 or not all(hasattr(block, "compound_prompt_nctx") for block in blocks):
         return False
@@ -174,10 +209,18 @@ def _are_deep_prompts(blocks: Sequence[nn.Module], rest: Sequence[Any]) -> bool:
     )
 
 
+def is_watched(prompts: Tensor) -> bool:
+    """Whether gradients to the prompts themselves are looked at: where classes share, the first one
+    gets those of all."""
+    if not (prompts.requires_grad and torch.is_grad_enabled()):
+        return False
+    return bool(prompts.is_leaf or prompts.retains_grad or prompts._backward_hooks)
+
+
 def encode(
     encoder: nn.Module,
     state: EncoderState,
-    prompts: Any,
+    prompts: Tensor,
     tokenized: Tensor,
     rest: Sequence[Any],
     reading: Reading,
@@ -185,35 +228,37 @@ def encode(
 ) -> Tensor:
     """Features [C, D], not normalised. kind: whose prompts these are, where a GPU is not asked for
     their values."""
+
     ends = state.ends(tokenized)
-    device, length = prompts.device, prompts.shape[1]
+    whole = is_watched(prompts)
 
-    def encode_parts(parts: Parts, shared: int) -> Tensor:
-        packing = state.packing(ends, length, shared=shared, images=parts.images, device=device)
-        features = _run(encoder, state, packing, parts.rows(packing), tokenized, rest, reading)
-        return features.unflatten(0, (parts.images, -1))
+    def of_images(prompts: Tensor) -> Tensor:
+        packing = state.packing_of(prompts, ends, reading, kind, whole)
+        shared = prompts[:, 0, : packing.shared].flatten(0, 1)
+        runs = prompts.flatten(1, 2).index_select(1, packing.runs).flatten(0, 1)
+        rows = torch.cat([shared, runs])
+        features = _run(encoder, state, packing, rows, tokenized, rest, reading)
+        return features.unflatten(0, (len(prompts), -1))
 
-    if isinstance(prompts, ImagePrompts) and not rest and reading.share:
-        batch = prompts.batch
-        if shared := batch.parts.shared(ends.first):
-            step = len(batch)
-            if not torch.is_grad_enabled():
-                # No more rows at a time than the codebase's own way has for one image.
-                rows = shared + int((ends.positions + 1 - shared).sum())
-                step = max(1, prompts.shape[0] * length // rows)
-            key = (encoder, ends.key, *_mode(device))
-            return batch.features(
-                prompts.image, step, key, lambda parts: encode_parts(parts, shared)
-            )
-    if isinstance(prompts, LearnedPrompts) and reading.share:
-        shared = prompts.parts.shared(ends.first)
-        if shared:
-            return encode_parts(prompts.parts, shared)[0]
-    prompts = as_tensors(prompts)
-    packing = state.packing_of(prompts, ends, reading, kind)
-    flat = prompts.flatten(0, 1)
-    rows = torch.cat([flat[: packing.shared], flat.index_select(0, packing.runs)])
-    return _run(encoder, state, packing, rows, tokenized, rest, reading)
+    found = None
+    if not (rest or whole) and reading.share and is_conditional(state.learner):
+        found = image_batch(prompts)
+    if found is None:
+        return of_images(prompts.unsqueeze(0))[0]
+
+    batch, image = found
+    step = len(batch)
+    if not torch.is_grad_enabled():
+        # No more rows at a time than the codebase's own way has for one image.
+        one = state.packing_of(prompts.unsqueeze(0), ends, reading, kind)
+        step = max(1, tokenized.numel() // len(one.positions))
+    start = image - image % step
+    key = (encoder, ends.key, batch._version, start, step, _mode(prompts.device))
+    made = state.batches.setdefault(batch, {})
+    if key not in made:
+        made[key] = of_images(batch[start : start + step]).unbind(0)
+    # A caller may write to what it gets.
+    return made[key][image - start].clone()
 
 
 def _run(
@@ -294,11 +339,11 @@ def _mode(device: torch.device) -> tuple[bool, torch.dtype | None]:
 
 @torch.no_grad()
 def _common(prompts: Tensor, most: int) -> int:
-    """How many positions, at most ``most``, hold the same in all classes."""
-    same = (prompts[:, :most] == prompts[:1, :most]).all(-1).all(0)
+    """How many positions, at most ``most``, hold the same in all classes of each image."""
+    same = (prompts[:, :, :most] == prompts[:, :1, :most]).all(-1).flatten(0, 1).all(0)
     return int(same.long().cumprod(0).sum())
 
 
 @torch.no_grad()
 def _shares(prompts: Tensor, count: int) -> bool:
-    return bool((prompts[:, :count] == prompts[:1, :count]).all())
+    return bool((prompts[:, :, :count] == prompts[:, :1, :count]).all())

@@ -23,8 +23,9 @@ def few_classes(tokenized: Tensor) -> Tensor:
     return order[places]
 
 
-def leaves_of(tensors: Iterable[Any]) -> list[Tensor]:
-    """The leaf tensors that gradients of ``tensors`` reach, each once."""
+def graph_of(tensors: Iterable[Any]) -> tuple[list[Tensor], frozenset[str]]:
+    """The leaf tensors that gradients of ``tensors`` reach, each once, and the names of the
+    operations in between."""
     tensors = [t for t in tensors if isinstance(t, Tensor) and t.requires_grad]
     found = {id(t): t for t in tensors if t.grad_fn is None}
     nodes = [t.grad_fn for t in tensors if t.grad_fn is not None]
@@ -38,7 +39,7 @@ def leaves_of(tensors: Iterable[Any]) -> list[Tensor]:
             if following is not None and following not in seen:
                 seen.add(following)
                 nodes.append(following)
-    return list(found.values())
+    return list(found.values()), frozenset(node.name() for node in seen)
 
 
 def difference(
@@ -66,7 +67,7 @@ def difference(
     slack = _slack(theirs.dtype, autocast)
     if said := _far("features differ", found, theirs, right, max(FEATURES, slack), 2):
         return said
-    leaves = leaves_of([theirs])
+    leaves, _ = graph_of([theirs])
     if not leaves:
         return "features have a graph on one side" if found.requires_grad else None
     if not found.requires_grad:
