@@ -415,10 +415,12 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def commit_of(checkout: Path) -> str:
+def commit_of(checkout: Path) -> str | None:
+    """Its own: a folder that is no clone may lie in another one's."""
+    if not (checkout / ".git").exists():
+        return None
     git = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
-    found = subprocess.run(git, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "not a clone"
+    return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
@@ -435,7 +437,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             gradient += f" ({parity['as_they_round']:.1e})"
         cells = [
             row["trainer"],
-            f"{row['repository']}@{row['commit'][:7]}",
+            f"{row['repository']} {row['commit'][:7] if row['commit'] else '(no clone)'}",
             row["batch"],
             row["classes"],
             f"{theirs:.2f}",

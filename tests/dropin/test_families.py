@@ -40,6 +40,18 @@ def named(variant) -> str:
 
 
 variants = pytest.mark.parametrize("variant", VARIANTS, ids=named)
+# Every family in both layouts, its options in one.
+variants_and_layouts = pytest.mark.parametrize(
+    ("variant", "layout"),
+    [
+        pytest.param(
+            variant, layout, marks=[pytest.mark.slow] if variant[1] and layout != LAYOUTS[0] else []
+        )
+        for variant in VARIANTS
+        for layout in LAYOUTS
+    ],
+    ids=lambda value: value if isinstance(value, str) else named(value),
+)
 families = pytest.mark.parametrize("family", FAMILIES)
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
@@ -99,8 +111,7 @@ def test_same_step_and_evaluation(variant, layout, monkeypatch):
     assert_same(built.step(), step)
 
 
-@variants
-@layouts
+@variants_and_layouts
 def test_parameters_stay_together_in_training(variant, layout):
     plain, fast = make(variant, layout), make(variant, layout)
     accelerate(fast.target)

@@ -321,6 +321,23 @@ def test_an_embedding_that_changes_is_read_again():
     torch.testing.assert_close(term(model, embedding), term(model, embedding.weight.clone()))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weight: setattr(weight, "data", weight.data * torch.arange(1.0, 1 + WORDS)[:, None]),
+        lambda weight: setattr(weight, "data", 50 * weight.data.bfloat16()),
+    ],
+    ids=["data", "dtype"],
+)
+def test_an_embedding_that_moves_is_read_again(change):
+    model, embedding = make()
+    vlfast.accelerate(model)
+    model(torch.randn(2, 12).double())
+    term(model, embedding)
+    change(embedding.weight)
+    torch.testing.assert_close(term(model, embedding), term(model, embedding.weight.clone()))
+
+
 def test_no_graph_outlives_the_next_call():
     model, _ = make()
     vlfast.accelerate(model)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from tests.dropin.test_perplexity import make
+from vlfast.dropin import accelerate
 from vlfast.dropin.probe import load, main, probe
 from vlfast.dropin.snapshot import Snapshot
 from vlfast.dropin.swap import is_swapped
@@ -34,7 +35,7 @@ number = 3
 """
 
 
-def model_and_step(images=None, change=None, loss_of=lambda loss: loss, **setting):
+def model_and_step(images=None, change=None, loss_of=lambda loss: loss, loss_scale=1.0, **setting):
     """A CustomCLIP in fp32 and its training step. change: called with the model and its loss where
     the model is accelerated."""
     model, _ = make(**setting)
@@ -47,7 +48,7 @@ def model_and_step(images=None, change=None, loss_of=lambda loss: loss, **settin
     def step():
         loss = functional.cross_entropy(model(fixed if images is None else images()), labels)
         optimizer.zero_grad()
-        loss.backward()
+        (loss_scale * loss).backward()
         if change is not None and is_swapped(model.text_encoder):
             loss = change(model, loss)
         optimizer.step()
@@ -138,12 +139,28 @@ def test_a_gradient_of_rounding_alone(capsys):
         ({"images": iter(torch.randn(9, 4, 12)).__next__}, "should take the same batch each time"),
         ({"loss_of": lambda loss: {"loss": 3}}, "should return its loss, one number, got {'loss'"),
         ({"loss_of": lambda loss: loss.repeat(2)}, "one number, got a tensor [2]"),
+        ({"loss_of": lambda loss: loss * float("nan")}, "loss or gradients that are not finite"),
+        ({"loss_scale": float("inf")}, "with a gradient scaler, let build() take steps until"),
     ],
 )
 def test_a_step_that_can_not_be_probed(options, message):
     model, step = model_and_step(**options)
     with pytest.raises(VlfastError, match=re.escape(message)):
         probe([model], step, steps=1)
+
+
+def test_a_model_that_is_accelerated_already():
+    model, step = model_and_step()
+    accelerate(model)
+    with pytest.raises(VlfastError, match=re.escape("build() should leave that to the probe")):
+        probe([model], step, steps=1)
+
+
+def test_what_differs_by_itself_is_told(capsys):
+    noise = iter(1 + 1e-3 * torch.arange(9.0))
+    model, step = model_and_step(loss_of=lambda loss: loss * next(noise))
+    assert probe([model], step, steps=1) == 1
+    assert "before anything was changed differ by 1.0e-03" in capsys.readouterr().out
 
 
 def test_a_step_that_leaves_no_gradient():
@@ -230,3 +247,43 @@ def test_what_a_snapshot_restores():
             found = step()
             assert all(torch.equal(found[k], v) for k, v in wanted.items())
     assert frozen._version == written
+
+
+class Warmup(torch.optim.lr_scheduler.LRScheduler):
+    """As Dassl's: it holds the schedule that comes next, which holds the optimiser."""
+
+    def __init__(self, optimizer, successor):
+        self.successor = successor
+        super().__init__(optimizer)
+
+    def get_lr(self):
+        return [0.5 for _ in self.base_lrs]
+
+    def step(self, epoch=None):
+        if self.last_epoch < 1:
+            super().step()
+        else:
+            self.successor.step()
+
+
+def test_a_schedule_that_holds_the_next_one():
+    model = nn.Linear(3, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    successor = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    schedule = Warmup(optimizer, successor)
+
+    def rates():
+        found = []
+        for _ in range(4):
+            optimizer.step()
+            schedule.step()
+            found.append(optimizer.param_groups[0]["lr"])
+        return found
+
+    snapshot = Snapshot([model])
+    expected = rates()
+    assert len(set(expected)) > 2
+    for _ in range(2):
+        snapshot.restore()
+        assert schedule.successor is successor and successor.optimizer is optimizer
+        assert rates() == expected

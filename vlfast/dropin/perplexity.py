@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vlfast.dropin.accelerate import AcceleratedTextEncoder
@@ -12,7 +13,7 @@ from vlfast.dropin.swap import STATE
 from vlfast.dropin.text_encoder import EncoderState, final_states
 from vlfast.ops import plpp_loss
 
-# By embedding, at which count of writes its rows had which inverse norms.
+# By embedding, of which values its rows had which inverse norms.
 _norms = WeakTensorKeyDictionary()
 
 
@@ -123,10 +124,15 @@ def _encoder_state(model: nn.Module) -> EncoderState:
 
 
 def _inverse_norms(embedding: Tensor) -> Tensor:
-    written = None if embedding.is_inference() else embedding._version
+    # A parameter that is moved, cast or given other .data stays the same object, at the same count
+    # of writes.
+    of = None
+    if not embedding.is_inference():
+        storage = StorageWeakRef(embedding.untyped_storage())
+        of = (storage, embedding.dtype, embedding._version)
     kept = _norms.get(embedding)
-    if written is None or kept is None or kept[0] != written:
+    if of is None or kept is None or kept[0] != of:
         dtype = torch.float64 if embedding.dtype == torch.float64 else torch.float32
         norms = embedding.detach().to(dtype).norm(dim=1).clamp_min(1e-12).reciprocal()
-        _norms[embedding] = kept = (written, norms)
+        _norms[embedding] = kept = (of, norms)
     return kept[1]

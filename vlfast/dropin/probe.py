@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import statistics
 import sys
 import time
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from vlfast.dropin.accelerate import AcceleratedTextEncoder, accelerate
 from vlfast.dropin.snapshot import Snapshot
-from vlfast.dropin.swap import STATE
+from vlfast.dropin.swap import STATE, is_swapped
 from vlfast.errors import VlfastError
 
 LOSS = 1e-5
@@ -93,15 +94,25 @@ def probe(
 ) -> int:
     """Accelerate ``models`` and print what becomes of ``step``; 0 where its numbers stay, else 1.
 
-    Raises VlfastError where step returns no loss, leaves no gradients or can't be repeated.
+    Raises VlfastError where a model is accelerated already, and where step returns no loss, leaves
+    no gradients, has numbers that are not finite or can't be repeated.
     """
+    if any(is_swapped(module) for model in models for module in model.modules()):
+        raise VlfastError(
+            "the model is accelerated already; build() should leave that to the probe"
+        )
     snapshot = Snapshot(models)
     if snapshot.optimizers:
         print("restored between runs: parameters, buffers, random state, optimiser")
     else:
         print("restored between runs: parameters, buffers, random state; no optimiser was found")
     before, again = (_observe(models, step, snapshot) for _ in range(2))
-    error = max(_loss_difference(before, again), _worst(_differences(before, again)))
+    error = _worst({"loss": _loss_difference(before, again), **_differences(before, again)})
+    if math.isnan(error):
+        raise VlfastError(
+            "step() has a loss or gradients that are not finite, before any change; with a "
+            "gradient scaler, let build() take steps until its scale fits"
+        )
     if error > GRADIENTS["half precision"]:
         raise VlfastError(
             f"two runs of step() from the same state differ by {error:.1e} before anything is "
@@ -116,6 +127,8 @@ def probe(
     limit = GRADIENTS[kind] if tolerance is None else tolerance
     loss_limit = LOSS if kind != "half precision" else limit
     passed = _print_parity(before, (first, second), loss_limit, limit, kind)
+    if not passed and error:
+        print(f"two runs of step() before anything was changed differ by {error:.1e}")
 
     seconds_after, last_after = _time(models, step, steps, snapshot)
     print(f"loss of step {steps}: {last_before:.7g} before, {last_after:.7g} after")

@@ -44,7 +44,10 @@ class Snapshot:
             )
             or issubclass(type(o), torch.amp.GradScaler)
         ]
-        self._states = [(o, copy.deepcopy(o.state_dict())) for o in (*self.optimizers, *owners)]
+        owners = [*self.optimizers, *owners]
+        # The state of Dassl's warm-up scheduler holds the next one, and that one its optimiser.
+        self._not_copied = {id(o): o for o in owners}
+        self._states = [(o, self._copy(o.state_dict())) for o in owners]
         self._random = _random_state()
 
     @torch.no_grad()
@@ -56,8 +59,11 @@ class Snapshot:
                 tensor.copy_(kept)
             tensor.grad = None
         for owner, state in self._states:
-            owner.load_state_dict(copy.deepcopy(state))
+            owner.load_state_dict(self._copy(state))
         _set_random_state(self._random)
+
+    def _copy(self, state: dict[str, Any]) -> dict[str, Any]:
+        return copy.deepcopy(state, dict(self._not_copied))
 
 
 def _parameters(optimizer: Optimizer) -> list[torch.Tensor]:
