@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from vlfast.data.coop.layouts import LAYOUTS, layout_of
@@ -59,6 +60,7 @@ def load_dataset(
         if name in LAYOUTS:
             wanted = f"the folder that holds {LAYOUTS[name].folder}"
         raise VlfastError(f"data.root: the dataset {name!r} needs {wanted}")
+    root = os.path.expanduser(root)
     if name in LAYOUTS:
         from vlfast.data.coop.load import load_coop
 
