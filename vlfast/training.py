@@ -238,7 +238,7 @@ def _read_dictionary(config: Config) -> tuple[str, ...] | None:
     if config.data.dictionary is None:
         return None
     names = read_dictionary(config.data.dictionary)
-    config.data.dictionary = str(Path(config.data.dictionary).absolute())
+    config.data.dictionary = str(Path(config.data.dictionary).expanduser().absolute())
     return names
 
 
