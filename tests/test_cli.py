@@ -1,6 +1,7 @@
 """The command line: output, exit codes, and one line an error."""
 
 import json
+import warnings
 
 import pytest
 import yaml
@@ -132,6 +133,16 @@ def test_interrupt_is_no_error_trace(capsys, monkeypatch):
 
     monkeypatch.setattr(recipes, "main", stop)
     assert run(capsys, "recipes") == (130, "", "vlfast: stopped\n")
+
+
+def test_a_warning_is_one_line(monkeypatch, capsys):
+    def warn(argv):
+        print(warnings.formatwarning("data: something odd", UserWarning, "some.py", 3), end="")
+
+    before = warnings.formatwarning
+    monkeypatch.setattr(recipes, "main", warn)
+    assert run(capsys, "recipes") == (0, "vlfast: data: something odd\n", "")
+    assert warnings.formatwarning is before
 
 
 GLYPHS = (

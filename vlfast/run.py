@@ -95,7 +95,8 @@ class Run:
         and, where it comes without, ``classnames``: a file, or the names).
 
         On its own dataset a run trained on base classes is tested base-to-new; on another, with all
-        classes (cross-dataset). Percentages; see
+        classes (cross-dataset); another folder or table is its own where it has the classes that
+        were learned. Percentages; see
         ``vlfast.evaluation.evaluate.evaluate_dataset`` for the form, and for ``predictions``.
         """
         classifier, config = self.classifier, self.config.data
@@ -107,7 +108,8 @@ class Run:
                 dataset = load_dataset(data, root or config.root, classnames)
             if dataset.name != config.name and config.template is None:
                 classifier = replace_template(classifier, dataset.template)
-        classes = config.classes if dataset.name == config.name else "all"
+        own = dataset.name == config.name and set(self.classnames) <= set(dataset.classnames)
+        classes = config.classes if own else "all"
         kept = KeptFeatures(config.test_features)
         return evaluate_dataset(
             classifier, dataset, classes, config.workers, kept=kept, predictions=predictions

@@ -238,7 +238,7 @@ def _read_dictionary(config: Config) -> tuple[str, ...] | None:
     if config.data.dictionary is None:
         return None
     names = read_dictionary(config.data.dictionary)
-    config.data.dictionary = str(Path(config.data.dictionary).absolute())
+    config.data.dictionary = str(Path(config.data.dictionary).expanduser().absolute())
     return names
 
 
@@ -353,7 +353,7 @@ def _check_least_batch(prompts: Prompts, batch: int) -> None:
 
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
-        return torch.cuda.getdevice_name(device)
+        return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

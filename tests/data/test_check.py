@@ -191,6 +191,13 @@ def test_the_command(tmp_path, capsys):
     assert "--jobs: expected at least 1" in capsys.readouterr().err
 
 
+def test_class_names_for_what_has_its_own(tmp_path, capsys):
+    for name in ("folder", "dtd"):
+        given = ["--root", str(tmp_path), "--classnames", "names.txt"]
+        assert main(["data", "check", name, *given]) == 2
+        assert f"--classnames: {name} has class names of its own" in capsys.readouterr().err
+
+
 def test_list(tmp_path, capsys):
     make_coop_root(tmp_path, ["dtd"])
     assert main(["data", "list", "--root", str(tmp_path)]) == 0

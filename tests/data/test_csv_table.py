@@ -74,6 +74,15 @@ def test_numbers_count_the_class_names(root):
         load_csv(root, ("zebra", "cat"))
 
 
+def test_numbers_with_a_point_name_no_class_either(root):
+    table(root / "train.csv", "a.png,0.0", "é.png,1.0")
+    table(root / "test.csv", "a.png,1.0")
+    with pytest.raises(VlfastError, match=r"data\.classnames: the labels of .*train\.csv are num"):
+        load_csv(root)
+    with pytest.raises(VlfastError, match=r"line 2 of .*: '0\.0' is not among the 2 class names"):
+        load_csv(root, ("cat", "dog"))
+
+
 def test_given_names_order_the_classes(root):
     table(root / "train.csv", "a.png,cat", "é.png,dog")
     table(root / "test.csv", "a.png,dog")

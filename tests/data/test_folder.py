@@ -3,6 +3,7 @@
 import pytest
 from PIL import Image
 
+import vlfast
 from vlfast.data.catalog import load_dataset
 from vlfast.data.folder import load_folder, open_image
 from vlfast.errors import UnknownNameError, VlfastError
@@ -37,6 +38,30 @@ def test_hidden_files_and_folders_are_not_data(root):
     write_image(root / "train" / "cat" / ".hidden.png")
     assert load_folder(root).classnames == ("cat", "school bus")
     assert len(load_folder(root).train) == 6
+
+
+def test_other_folders_are_tested_with_all_their_classes(tmp_path, tiny_clip):
+    """And those with the same classes, base-to-new."""
+    for home, classes in {"a": "xyz", "again": "xyz", "b": "pqr"}.items():
+        for part in ("train", "test"):
+            for name in classes:
+                write_image(tmp_path / home / part / name / "0.png")
+    run = vlfast.fit(
+        recipe="coop",
+        model=tiny_clip,
+        data={
+            "name": "folder",
+            "root": str(tmp_path / "a"),
+            "classes": "base",
+            "shots": 1,
+            "workers": 0,
+        },
+        output=tmp_path / "run",
+        epochs=1,
+        show_progress=False,
+    )
+    assert list(run.evaluate("folder", root=str(tmp_path / "again"))) == list(run.evaluate())
+    assert run.evaluate("folder", root=str(tmp_path / "b"))["test"]["images"] == 3
 
 
 def test_names_that_differ_by_underscores_only(root):

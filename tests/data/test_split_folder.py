@@ -1,6 +1,8 @@
 """Class folders without a split, and the split that is drawn once."""
 
 import json
+import os
+import shutil
 
 import pytest
 
@@ -42,6 +44,16 @@ def test_the_form_is_that_of_coops_split_files(root):
     assert list(written) == ["train", "val", "test"]
     path, label, name = written["train"][-1]
     assert path.startswith("school_bus/") and (label, name) == (1, "school bus")
+
+
+def test_file_names_that_are_not_utf8(root):
+    shutil.copy(root / "cat/00.png", os.fsencode(root / "cat/caf") + b"\xe9.png")
+    split_folder(root)
+    splits = load_folder(root).splits().values()
+    found = [(s, i) for s in splits for i, key in enumerate(s.image_keys()) if "caf" in key]
+    assert len(found) == 1
+    split, position = found[0]
+    assert split.image(position).size == (36, 40)
 
 
 def test_the_seed_decides_and_nothing_is_drawn_anew_silently(root):

@@ -11,6 +11,7 @@ from tests.conftest import squares_dataset
 from tests.data.image_files import write_image
 from vlfast.data.catalog import load_dataset
 from vlfast.data.dataset import UNKNOWN, Split
+from vlfast.data.dictionary import read_dictionary
 from vlfast.data.folder import load_folder
 from vlfast.data.unlabelled import load_unlabelled
 from vlfast.errors import VlfastError
@@ -63,6 +64,14 @@ def test_a_folder(root):
     assert len(data.val) == len(data.test) == 0
     assert data.restrict("new").classnames == ("wrench",)
     assert len(data.restrict("new").train) == 6
+
+
+def test_paths_below_the_home_folder(root, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data = load_dataset("unlabelled", "~/images", "~/names.txt")
+    assert data.classnames == NAMES
+    assert data.train.image(0).size == (36, 40)
+    assert read_dictionary("~/names.txt") == NAMES
 
 
 def test_links_to_folders(root):

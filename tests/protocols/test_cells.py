@@ -1,5 +1,6 @@
 """A cell's folder: its state, what it was begun with, its lock, what is read back."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -116,3 +117,12 @@ def test_damaged_cells_are_named(tmp_path):
     (cell.folder / "cell.yaml").write_text("a: [")
     with pytest.raises(VlfastError, match="cell.yaml is not valid YAML"):
         cell.check()
+
+
+def test_file_systems_without_locks(tmp_path, monkeypatch):
+    def refuse(file, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("vlfast.protocols.cells.fcntl.flock", refuse)
+    with make_cell(tmp_path / "c").locked() as lock:
+        assert lock is not None

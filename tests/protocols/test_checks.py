@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
+from tests.data.coop.folders import make_coop_root
 from tests.protocols.support import finish, make_cell, score
+from vlfast.data.coop.layouts import IMAGENET_DOMAINS
 from vlfast.errors import UnknownNameError, VlfastError
 from vlfast.protocols.cells import Target
 from vlfast.protocols.checks import check_cells
@@ -97,4 +99,15 @@ def test_class_specific_prompts_stay_with_their_classes(tmp_path):
     cells = cells_of(tmp_path, "cross-dataset", datasets=["glyphs/nature"], **how)
     with pytest.raises(VlfastError, match="--prompts: class_specific prompts know only"):
         check_cells(cells, skip_missing=False)
+    check_cells(cells_of(tmp_path, "domain-generalization", **how), skip_missing=False)
+
+
+def test_class_specific_prompts_and_domains_of_fewer_classes(tmp_path):
+    """ImageNetA and -R have 200 of ImageNet's classes; V2 and Sketch have all."""
+    root = make_coop_root(tmp_path / "data", ["imagenet", *IMAGENET_DOMAINS])
+    how = {"shots": [2], "options": {"prompts": "class_specific", "data": {"root": str(root)}}}
+    cells = cells_of(tmp_path, "domain-generalization", **how)
+    with pytest.raises(VlfastError, match="can't be tested on imagenet_a, imagenet_r; learn"):
+        check_cells(cells, skip_missing=False)
+    how["datasets"] = ["imagenetv2", "imagenet_sketch"]
     check_cells(cells_of(tmp_path, "domain-generalization", **how), skip_missing=False)

@@ -15,12 +15,14 @@ from PIL import Image
 
 from tests.protocols.support import read_yaml
 from vlfast.cli import main
+from vlfast.cli.run import _stopped_by_signals
 from vlfast.errors import VlfastError
+from vlfast.protocols import targets
 from vlfast.protocols.cells import LOG
 from vlfast.protocols.grids import Request, grid
 from vlfast.protocols.results import read_results
 from vlfast.protocols.sweep import device_groups, run_protocol
-from vlfast.protocols.work import environment_for
+from vlfast.protocols.work import GRACE, Workers, environment_for
 from vlfast.run import load
 from vlfast.trainers.run_folder import RunFolder
 
@@ -125,8 +127,9 @@ def test_a_cell_that_another_works_at_is_left_to_it(swept):
     (cell,) = grid(Request("few-shot", ["zeroshot"], output, ["folder"], options=options))
     with cell.locked():
         status, said, problems = vlfast_here(*words)
-    assert status == 0 and "another process works at it" in said
-    assert problems == "left to another process: folder/zeroshot\n"
+    assert status == 1 and "another process works at it" in said
+    assert problems.startswith("left to another process: folder/zeroshot; when that has ended")
+    assert problems.count("\n") == 1
 
 
 @pytest.mark.slow
@@ -190,6 +193,61 @@ def test_base_to_new_in_several_processes(tmp_path):
     assert one.scores == two.scores and one.protocol == two.protocol == "base-to-new"
     contexts = [RunFolder(r.folder).read_tensors("last")[0]["context"] for r in (one, two)]
     torch.testing.assert_close(contexts[1], contexts[0], atol=1e-6, rtol=1e-4)
+
+
+def test_a_terminal_that_closes_leaves_what_nohup_started(monkeypatch):
+    monkeypatch.setattr(signal, "getsignal", {signal.SIGHUP: signal.SIG_IGN}.get)
+    changed = {}
+    monkeypatch.setattr(signal, "signal", lambda number, handler: changed.update({number: handler}))
+    with _stopped_by_signals():
+        assert set(changed) == {signal.SIGTERM}
+
+
+class Process:
+    """One that ends when it is killed, on a clock of its own."""
+
+    clock = 0.0
+
+    def __init__(self, pid):
+        self.pid, self.signals = pid, []
+
+    def send_signal(self, number):
+        self.signals.append(number)
+
+    def wait(self, timeout):
+        Process.clock += timeout
+        raise subprocess.TimeoutExpired("vlfast", timeout)
+
+
+@pytest.mark.parametrize(
+    ("handler", "sent"),
+    [(signal.default_int_handler, signal.SIGINT), (signal.SIG_IGN, signal.SIGTERM)],
+)
+def test_all_processes_have_the_same_time_to_stop(monkeypatch, handler, sent):
+    processes = [Process(1), Process(2), Process(3)]
+    killed = []
+
+    def kill(pid, number):
+        killed.append((pid, number))
+        if pid == 2:
+            raise ProcessLookupError
+
+    monkeypatch.setattr(Process, "clock", 0.0)
+    monkeypatch.setattr("vlfast.protocols.work.time.monotonic", lambda: Process.clock)
+    monkeypatch.setattr("vlfast.protocols.work.os.killpg", kill)
+    monkeypatch.setattr("vlfast.protocols.work.signal.getsignal", lambda number: handler)
+    workers = Workers()
+    workers._running.update(processes)
+    workers.stop()
+    assert Process.clock == GRACE
+    assert all(process.signals == [sent] for process in processes)
+    assert sorted(killed) == [(pid, signal.SIGKILL) for pid in (1, 2, 3)]
+
+
+def test_a_run_that_cannot_be_loaded_is_one_line(tmp_path, capsys):
+    assert targets.main([str(tmp_path), "cross-dataset", "[]"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("vlfast: ") and "no config.yaml" in said and said.count("\n") == 1
 
 
 LONG = ("few-shot", "--recipe", "coop", "--datasets", "glyphs/tools", "--shots", "1")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 
@@ -46,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if command not in COMMANDS:
             raise unknown_name("command", command, COMMANDS)
-        _module(command).main(rest)
+        with _plain_warnings():
+            _module(command).main(rest)
     except KeyboardInterrupt:
         if is_first_process():
             print("vlfast: stopped", file=sys.stderr)
@@ -61,6 +64,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{_process_name()}: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """What is warned of is for the user: one line, without the line of code that says it."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"{_process_name()}: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _process_name() -> str:

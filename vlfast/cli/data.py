@@ -38,7 +38,9 @@ def main(argv: list[str]) -> None:
         "torchvision/CLASS",
     )
     checking.add_argument("--root", required=True, help="the folder that holds the datasets")
-    checking.add_argument("--classnames", help="a file of class names, for csv and torchvision")
+    checking.add_argument(
+        "--classnames", help="a file of class names, for csv, unlabelled, torchvision"
+    )
     checking.add_argument("--quick", action="store_true", help="do not decode the images")
     checking.add_argument("--jobs", type=int, help="processes that decode, one a core by default")
     checking.add_argument("--json", action="store_true", help="print JSON")
@@ -84,16 +86,21 @@ def _list(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
+    from vlfast.data.catalog import takes_classnames
     from vlfast.data.check import check_dataset, names_to_check
     from vlfast.errors import VlfastError
 
     if options.jobs is not None and options.jobs < 1:
         raise VlfastError(f"--jobs: expected at least 1, got {options.jobs}")
+    names = names_to_check(options.names)
+    own = [name for name in names if not takes_classnames(name)]
+    if options.classnames is not None and own:
+        raise VlfastError(f"--classnames: {own[0]} has class names of its own")
     root = Path(options.root).expanduser()
     if not root.exists():
         raise FileNotFoundError(f"--root: there is no folder {root}")
     reports = []
-    for name in names_to_check(options.names):
+    for name in names:
         with _progress(name) as on_images:
             reports.append(
                 check_dataset(

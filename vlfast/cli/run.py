@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vlfast.protocols.sweep import Outcome
 
 HELP = "carry out a protocol of the papers: recipes x datasets x seeds"
-FAILED = 1
+UNFINISHED = 1  # a cell failed, or another process works at it
 
 # The singular means the same.
 _PLURAL = {"--recipe": "--recipes", "--dataset": "--datasets"}
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
         print(f"\n{summary_table(options['protocol'], outcome.done)}")
         print(f"\nall tables and plots: vlfast report {shlex.quote(str(output))}")
     if _print_problems(outcome):
-        sys.exit(FAILED)
+        sys.exit(UNFINISHED)
 
 
 def run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -176,13 +176,15 @@ def _plural(argv: Sequence[str]) -> list[str]:
 
 @contextmanager
 def _stopped_by_signals() -> Iterator[None]:
-    """A cluster that ends a job, or a terminal that closes, stops as Ctrl-C does."""
+    """A cluster that ends a job, or a terminal that closes, stops as Ctrl-C does; under nohup a
+    terminal may close."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {getattr(signal, name): signal.signal(getattr(signal, name), stop) for name in names}
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in heeded}
     try:
         yield
     finally:
@@ -191,11 +193,14 @@ def _stopped_by_signals() -> Iterator[None]:
 
 
 def _print_problems(outcome: Outcome) -> bool:
-    """Say what was left out and what failed; whether anything failed."""
+    """Say what was left out and what failed; whether anything that was asked for is not done."""
     for line in outcome.missing:
         print(f"left out: {line}", file=sys.stderr)
     for cell in outcome.busy:
-        print(f"left to another process: {cell}", file=sys.stderr)
+        print(
+            f"left to another process: {cell}; when that has ended, the same command goes on",
+            file=sys.stderr,
+        )
     for cell, reason in outcome.failed.items():
         print(f"failed: {cell}: {reason} (see {cell.folder / 'log.txt'})", file=sys.stderr)
-    return bool(outcome.failed)
+    return bool(outcome.failed or outcome.busy)

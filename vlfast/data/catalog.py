@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from vlfast.data.coop.layouts import LAYOUTS, layout_of
@@ -32,6 +33,11 @@ def canonical_name(name: str) -> str:
     return name if layout is None else layout.name
 
 
+def takes_classnames(name: str) -> bool:
+    """Whether class names can be given for the dataset, which else has its own."""
+    return name in ("csv", "unlabelled") or name.startswith(_TORCHVISION)
+
+
 def load_dataset(
     name: str, root: str | None = None, classnames: str | Sequence[str] | None = None
 ) -> Dataset:
@@ -48,7 +54,7 @@ def load_dataset(
     if name not in dataset_names() and not name.startswith(_TORCHVISION):
         raise unknown_name("dataset", name, [*dataset_names(), f"{_TORCHVISION}CIFAR10"])
     of_torchvision = name.startswith(_TORCHVISION)
-    if classnames is not None and name not in ("csv", "unlabelled") and not of_torchvision:
+    if classnames is not None and not takes_classnames(name):
         raise VlfastError(f"data.classnames: {name} has class names of its own")
     if name.startswith("glyphs/"):
         from vlfast.data.glyphs import load_theme
@@ -59,6 +65,7 @@ def load_dataset(
         if name in LAYOUTS:
             wanted = f"the folder that holds {LAYOUTS[name].folder}"
         raise VlfastError(f"data.root: the dataset {name!r} needs {wanted}")
+    root = os.path.expanduser(root)
     if name in LAYOUTS:
         from vlfast.data.coop.load import load_coop
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,8 +114,16 @@ def _is_integer(label: str) -> bool:
     return label.removeprefix("-").isdecimal() and label.isascii()
 
 
+def _is_number(label: str) -> bool:
+    """Also 2.0, as pandas writes integers where a column once lacked some."""
+    try:
+        return math.isfinite(float(label))
+    except ValueError:
+        return False
+
+
 def _names_in(rows: Sequence[_Row]) -> tuple[str, ...]:
-    if all(_is_integer(row.label) for row in rows):
+    if all(_is_number(row.label) for row in rows):
         raise VlfastError(
             f"data.classnames: the labels of {rows[0].file} are numbers, which name no class: give "
             "a file with one class name a line, the first for 0"

@@ -56,7 +56,7 @@ def read_classnames(path: str | Path) -> tuple[str, ...]:
 
 def read_names(path: str | Path, option: str) -> list[tuple[int, str]]:
     """The lines of a file of names and the names on them. option: what the file was given as."""
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"{option}: there is no file {path}")
     try:

@@ -69,7 +69,8 @@ def split_folder(
             parts[part] += [(name, label, classnames[label]) for name in sorted(names)]
     aside = file.with_name(f".{OWN_SPLIT}.{os.getpid()}")
     try:
-        aside.write_text(json.dumps(parts, ensure_ascii=False, indent=0), encoding="utf-8")
+        # ASCII, since a name that is not UTF-8 on the disk can be written in no other way.
+        aside.write_text(json.dumps(parts, indent=0), encoding="utf-8")
         os.replace(aside, file)
     except OSError as error:
         raise VlfastError(f"split: can't write {file} ({error.strerror})") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ try:
     import fcntl
 except ImportError:  # Windows has none: nothing keeps two sweeps apart there
     fcntl = None
+
+# Of Lustre without -o flock, for one.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 OPTIONS = "options.yaml"  # what `vlfast train --config` gets
 LOG = "log.txt"
@@ -147,7 +151,8 @@ class Cell:
     @contextmanager
     def locked(self) -> Iterator[int | None]:
         """Hold the cell: the lock's file descriptor, for processes that work at it to inherit, so
-        that it is held until the last of them ends. None where another holds it."""
+        that it is held until the last of them ends. None where another holds it. File systems
+        without locks, as some clusters have, keep nothing apart."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / ".lock", "ab") as file:
             if fcntl is not None:
@@ -156,6 +161,9 @@ class Cell:
                 except BlockingIOError:
                     yield None
                     return
+                except OSError as error:
+                    if error.errno not in _NO_LOCKS:
+                        raise
             yield file.fileno()
 
 

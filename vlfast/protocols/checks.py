@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ class Found:
     images: int
     largest_class: int
     domains: bool
+    classnames: tuple[str, ...]
 
 
 def check_cells(cells: Sequence[Cell], *, skip_missing: bool) -> tuple[list[Cell], list[str]]:
@@ -37,7 +38,6 @@ def check_cells(cells: Sequence[Cell], *, skip_missing: bool) -> tuple[list[Cell
     for cell in waiting:
         check_config(cell.config)
         _check_files(cell)
-        _check_prompts(cell)
     found, missing = _read_all(target for c in waiting for target in (c.data, *c.targets))
     if missing and not skip_missing:
         named = "; ".join(f"{target.name} ({reason})" for target, reason in missing.items())
@@ -50,8 +50,9 @@ def check_cells(cells: Sequence[Cell], *, skip_missing: bool) -> tuple[list[Cell
         if cell in waiting:
             if cell.data in missing:
                 continue
-            _check_images(cell, found[cell.data])
             cell = replace(cell, targets=tuple(t for t in cell.targets if t in found))
+            _check_images(cell, found[cell.data])
+            _check_prompts(cell, found)
         kept.append(cell)
     if not kept:
         raise VlfastError("--datasets: none of them can be read: " + "; ".join(missing.values()))
@@ -72,15 +73,6 @@ def _check_files(cell: Cell) -> None:
             raise VlfastError(f"--{option}: {wanted}, which {cell} needs")
 
 
-def _check_prompts(cell: Cell) -> None:
-    kind = cell.config.prompts.kind
-    if cell.targets and cell.protocol == "cross-dataset" and KINDS[kind].class_bound:
-        raise VlfastError(
-            f"--prompts: {kind} prompts know only the classes that they learned, so {cell} can't "
-            "be tested on other datasets; learn prompts that all classes share"
-        )
-
-
 def _check_images(cell: Cell, found: Found) -> None:
     if cell.trains and not (found.images or cell.config.data.unlabelled):
         raise VlfastError(f"--datasets: {cell.dataset} has no training images for {cell}")
@@ -93,6 +85,18 @@ def _check_images(cell: Cell, found: Found) -> None:
     if cell.protocol == "domain-generalization" and untested:
         raise VlfastError(
             f"--datasets: {cell.source} has no domains of its own, so name those to test on"
+        )
+
+
+def _check_prompts(cell: Cell, found: Mapping[Target, Found]) -> None:
+    kind = cell.config.prompts.kind
+    own = found[cell.data].classnames
+    others = [t.name for t in cell.targets if found[t].classnames != own]
+    if others and KINDS[kind].class_bound:
+        raise VlfastError(
+            f"--prompts: {kind} prompts know only the classes that they learned, so {cell} can't "
+            f"be tested on {', '.join(others)}; learn prompts that all classes share, or leave "
+            "these out of --datasets"
         )
 
 
@@ -109,5 +113,10 @@ def _read_all(targets: Iterable[Target]) -> tuple[dict[Target, Found], dict[Targ
             continue
         labels = dataset.train.labels
         counts = np.bincount(labels[labels >= 0], minlength=1)
-        found[target] = Found(len(dataset.train), int(counts.max()), bool(dataset.domains))
+        found[target] = Found(
+            images=len(dataset.train),
+            largest_class=int(counts.max()),
+            domains=bool(dataset.domains),
+            classnames=tuple(dataset.classnames),
+        )
     return found, missing

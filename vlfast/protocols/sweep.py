@@ -160,9 +160,11 @@ def _carry_out(
             free.put(environment)
 
     with ThreadPoolExecutor(len(environments)) as pool:
-        futures = {pool.submit(work, cell): cell for cell in cells}
+        futures: dict[Future[tuple[bool, float]], Cell] = {}
         ended = 0
         try:
+            for cell in cells:
+                futures[pool.submit(work, cell)] = cell
             left = set(futures)
             while left:
                 # A timeout lets Ctrl-C through on every platform.

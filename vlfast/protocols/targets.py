@@ -55,10 +55,14 @@ def _evaluation(run: Run, target: Target, file: Path) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """0, or 2 if a target failed, after the others."""
+    """0, or 2 if the run can't be loaded or a target failed, after the others."""
     folder, protocol, targets = argv
-    run = load(folder)
-    evaluation_file(Path(folder), "any").parent.mkdir(exist_ok=True)
+    try:
+        run = load(folder)
+        evaluation_file(Path(folder), "any").parent.mkdir(exist_ok=True)
+    except (VlfastError, OSError) as error:
+        print(f"vlfast: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     failed = []
     for values in json.loads(targets):
         target = Target(**values)

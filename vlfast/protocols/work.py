@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from vlfast.errors import VlfastError
 from vlfast.protocols.cells import LOG, OPTIONS, Cell
 from vlfast.trainers.run_folder import RunFolder
 
-GRACE = 20.0  # seconds to stop in, before a process is killed
+GRACE = 20.0  # seconds that all have to stop in, before they are killed
 
 
 class StoppedError(Exception):
@@ -59,13 +61,17 @@ class Workers:
         with self._guard:
             self._stopped = True
             running = list(self._running)
+        # What a script starts in the background ignores Ctrl-C, and so do its children.
+        deaf = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
         for process in running:
-            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM if deaf else signal.SIGINT)
+        deadline = time.monotonic() + GRACE
         for process in running:
             try:
-                process.wait(GRACE)
+                process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # it has ended since
+                    os.killpg(process.pid, signal.SIGKILL)
 
     def _run(
         self, command: Sequence[str], cell: Cell, environment: Mapping[str, str], lock: int
