@@ -95,3 +95,6 @@ def test_the_models_own_backbone_comes_first():
     assert [p.backbone for p in other] == ["ViT-B/16"]
     assert [p.backbone for p in published_for("cross-dataset", "kdpl", "ViT-B-16")] == [None]
     assert published_for("few-shot", "coop", "ViT-B-16") == []
+    # A model without a known backbone is not one whose backbone was not printed.
+    other = published_for("cross-dataset", "coop", "glyphs-student")
+    assert [p.backbone for p in other] == ["ViT-B/16"]

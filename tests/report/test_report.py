@@ -159,6 +159,19 @@ def test_differences_between_cells_are_said(tmp_path):
     assert f"few-shot: {said[0]}" in report.notes
 
 
+def test_seeds_that_trained_differently_are_said(tmp_path):
+    """As of two sweeps below one folder, the second with another learning rate."""
+    for seed in (1, 2, 3):
+        folder = write_run(tmp_path / str(seed), "few-shot", "coop", "dtd", 60.0, seed=seed)
+    text = (folder / "config.yaml").read_text()
+    assert text.count("  lr: 0.002\n") == 1
+    (folder / "config.yaml").write_text(text.replace("  lr: 0.002\n", "  lr: 0.5\n"))
+    (sweep,) = collect_sweeps([tmp_path]).sweeps
+    assert provenance_of(sweep).warnings == (
+        "coop on DTD, 16 shots: the runs have different recipe.lr: 0.002 (2 runs), 0.5 (1 run).",
+    )
+
+
 def test_same_runs_differ_in_nothing(tmp_path):
     for recipe in ("coop", "kgcoop"):
         for seed in (1, 2):

@@ -113,6 +113,14 @@ def test_published_with_another_backbone(tmp_path):
     assert note in table.notes
 
 
+def test_published_with_an_unknown_backbone(tmp_path):
+    how = {"source": "imagenet", "targets": {"dtd": 40.0}, "model": "glyphs-student"}
+    write_run(tmp_path, "cross-dataset", "kdpl", "imagenet", 60.0, pretrained=None, **how)
+    table = sweep_table(only_sweep(tmp_path), published=True)
+    note = "The published numbers of an unknown backbone are not comparable with glyphs-student."
+    assert note in table.notes
+
+
 def test_published_of_nothing_here(tmp_path):
     write_run(tmp_path, "base-to-new", "plpp", "dtd", (80.0, 60.0))
     table = sweep_table(only_sweep(tmp_path), published=True)
@@ -138,6 +146,7 @@ def test_few_shot(tmp_path):
     assert "kgcoop misses 16 shots." in table.notes
     assert "The tests on domains (dtd/noisy) are in results.csv alone." in table.notes
     f1 = sweep_table(only_sweep(tmp_path), "macro_f1")
+    assert f1.caption.startswith("Macro-F1, %.")
     assert cell(f1, "coop", "DTD", shots="1").mean == pytest.approx(51.5)
 
 

@@ -8,8 +8,12 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
+from vlfast.protocols.cells import flat
 from vlfast.protocols.results import evaluation_file
-from vlfast.report.sweeps import Sweep, dataset_order, title_of
+from vlfast.report.sweeps import Method, Sweep, dataset_order, title_of
+
+# Sections of a config on which nothing but a user's options makes seeds differ.
+_OF_TRAINING = ("recipe", "prompts", "objectives")
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ def provenance_of(sweep: Sweep) -> Provenance:
     warnings = [
         *_differ("versions of vlfast", versions),
         *_differ("precisions", precisions),
+        *_options_differ(sweep),
         *(_draw_differs(draw) for draw in fingerprints if len(draw.values) > 1),
         *_tests_differ(sweep),
     ]
@@ -78,11 +83,27 @@ def _count(values: Any) -> dict[str, int]:
     return dict(counts)
 
 
-def _differ(what: str, counts: dict[str, int]) -> list[str]:
+def _differ(what: str, counts: dict[str, int], runs: str = "The runs") -> list[str]:
     if len(counts) < 2:
         return []
     listed = ", ".join(f"{value} ({n} run{'s' if n > 1 else ''})" for value, n in counts.items())
-    return [f"The runs have different {what}: {listed}."]
+    return [f"{runs} have different {what}: {listed}."]
+
+
+def _options_differ(sweep: Sweep) -> list[str]:
+    """Options of training that differ between the seeds of one mean."""
+    found: dict[tuple[str, Method], list[dict[str, Any]]] = defaultdict(list)
+    for run in sweep.runs:
+        options = run.result.options
+        ours = {section: options[section] for section in _OF_TRAINING if section in options}
+        found[run.result.dataset, run.method].append(flat(ours))
+    differences = []
+    for (dataset, method), runs in found.items():
+        for name in sorted(set().union(*runs)):
+            counts = _count(options.get(name) for options in runs)
+            runs_of = f"{method.name} on {title_of(dataset)}, {method.learned_from}: the runs"
+            differences += _differ(name, counts, runs_of)
+    return differences
 
 
 def _fingerprints(sweep: Sweep) -> list[Fingerprint]:

@@ -56,10 +56,10 @@ class Published:
 
 def published_for(protocol: str, method: str, model: str) -> list[Published]:
     """What was published of a method: with the model's backbone if there is any, else with
-    ViT-B/16, else with what there is."""
+    ViT-B/16, else with what there is, which may be of a backbone that was not printed."""
     found = [p for p in PUBLISHED if p.protocol == protocol and p.method == method]
     for backbone in (backbone_of(model), B16):
-        same = [p for p in found if p.backbone == backbone]
+        same = [p for p in found if p.backbone == backbone and backbone is not None]
         if same:
             return same
     return found

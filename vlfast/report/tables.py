@@ -16,7 +16,7 @@ from vlfast.report.sweeps import TRANSFER, Method, Sweep, domain_tests, title_of
 from vlfast.report.table import Cell, Column, Row, Table, mark_best
 
 MARK = "†"
-_METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
+_METRICS = {"accuracy": "Accuracy", "macro_f1": "Macro-F1"}
 HARMONIC = "HM"
 _TRANSDUCTIVE = "transductive"
 
@@ -251,7 +251,7 @@ def _by_shots(sweep: Sweep) -> list[Method]:
 def _caption(sweep: Sweep, metric: str) -> str:
     seeds = sweep.seeds()
     amounts = [m.learned_from for m in _by_shots(sweep) if m.shots is not None]
-    parts = [f"{_METRICS[metric].capitalize()}, %."]
+    parts = [f"{_METRICS[metric]}, %."]
     if sweep.source is not None:
         parts.append(f"Trained on {title_of(sweep.source)}; the average is over the targets alone.")
     if sweep.protocol != "few-shot" and amounts:
@@ -390,9 +390,10 @@ def _published_rows(
                 "Published averages are computed here, over the published numbers of the datasets "
                 "that this table shows."
             )
-        if backbone_of(sweep.model) != published.backbone:
+        if published.backbone is None or backbone_of(sweep.model) != published.backbone:
+            of_theirs = published.backbone or "an unknown backbone"
             notes.append(
-                f"The published numbers of {backbone} are not comparable with {sweep.model}."
+                f"The published numbers of {of_theirs} are not comparable with {sweep.model}."
             )
         if method.shots_text != published.shots:
             notes.append(f"{label}: of other shots ({published.shots}) than ours, not comparable.")
