@@ -14,6 +14,7 @@ from vlfast.clip.models import wrap_clip
 from vlfast.data.dataset import Split
 from vlfast.data.folder import FileImages
 from vlfast.evaluation.kept_features import KeptFeatures
+from vlfast.ops.backends import reference_only
 from vlfast.prompts import HardPrompt
 from vlfast.prompts.classifier import PromptedClassifier
 from vlfast.trainers.images import encode_split
@@ -65,6 +66,19 @@ def test_other_images_orders_and_models_have_files_of_their_own(classifier, tmp_
     relabelled = Split(test.source, test.indices, (test.labels + 1) % 5)
     assert torch.equal(kept.encode(classifier, relabelled)[1], torch.from_numpy(relabelled.labels))
     assert len(counted) == 4
+
+
+def test_precision_and_reference_have_files_of_their_own(classifier, tmp_path, counted):
+    test, kept = squares_dataset().test, KeptFeatures(tmp_path)
+    exact = kept.encode(classifier, test)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = kept.encode(classifier, test)[0]
+    with reference_only():
+        kept.encode(classifier, test)
+    assert counted == [40, 40, 40] and len(list(tmp_path.iterdir())) == 3
+    assert not torch.equal(exact, rounded)
+    assert torch.equal(KeptFeatures(tmp_path).encode(classifier, test)[0], exact)
+    assert len(counted) == 3
 
 
 def test_prompts_in_the_image_tower_keep_nothing(classifier, tmp_path):

@@ -48,7 +48,7 @@ class FeatureCache:
         if torch.compiler.is_compiling():
             with torch.no_grad():
                 return make()
-        stamp, mode, values = _stamp(modules), _autocast_mode(), list(values)
+        stamp, mode, values = _stamp(modules), autocast_mode(), list(values)
         if stamp is not None and mode in self._kept:
             kept = self._kept[mode]
             if kept.stamp == stamp and kept.is_untouched() and _same(kept.values, values):
@@ -110,7 +110,7 @@ def _option(value: object) -> object:
     return value if isinstance(value, _SCALARS) else None
 
 
-def _autocast_mode() -> tuple[torch.dtype | None, ...]:
+def autocast_mode() -> tuple[torch.dtype | None, ...]:
     return tuple(
         torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         for device in ("cpu", "cuda")

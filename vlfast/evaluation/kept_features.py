@@ -18,8 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from vlfast.clip.feature_cache import autocast_mode
 from vlfast.clip.models import ClipModel
 from vlfast.data.dataset import Split
+from vlfast.ops.backends import reference_must_serve
 from vlfast.prompts.classifier import PromptedClassifier
 from vlfast.trainers.feature_store import hash_of_weights
 from vlfast.trainers.images import encode_split, view_config
@@ -33,9 +35,9 @@ class KeptFeatures:
     a split there, for other processes, which may write at the same time.
 
     A file is named after all that its numbers depend on: the image tower's weights and
-    preprocessing, the images and their order, the kind of device and the versions of vlfast and
-    torch. So they are bit for bit what encoding would give. To a folder that can't be written to,
-    nothing is added.
+    preprocessing, the images and their order, the kind of device, autocast, whether the reference
+    serves, and the versions of vlfast and torch. So they are bit for bit what encoding would give.
+    To a folder that can't be written to, nothing is added.
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
@@ -51,7 +53,8 @@ class KeptFeatures:
         if classifier.prompts.learns_images:
             return encode_split(classifier, split, workers=workers)
         clip = classifier.clip
-        key = (id(clip.model.visual), id(split.source), split.indices.tobytes())
+        how = (autocast_mode(), reference_must_serve())
+        key = (id(clip.model.visual), id(split.source), split.indices.tobytes(), how)
         if key not in self._in_memory:
             features = self._in_folder(classifier, split, workers)
             self._in_memory[key] = features, (clip.model.visual, split.source)
@@ -78,6 +81,7 @@ class KeptFeatures:
             list(astuple(view_config(clip))),
             _device_name(clip.device),
             [__version__, torch.__version__],
+            [list(map(str, autocast_mode())), reference_must_serve()],
             _about_images(split),
         ]
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
