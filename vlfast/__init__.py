@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from vlfast.dropin import accelerate, restore
     from vlfast.errors import VlfastError
     from vlfast.features import store_features
+    from vlfast.protocols.sweep import run_protocol
+    from vlfast.report.report import write_report
     from vlfast.run import Prediction, Run, fit, load, resume
 
 __all__ = [
@@ -44,9 +46,11 @@ __all__ = [
     "plpp_terms",
     "restore",
     "resume",
+    "run_protocol",
     "store_features",
     "symmetric_kl_loss",
     "wrap_clip",
+    "write_report",
 ]
 
 # The losses need torch alone. What needs open_clip or torchvision is imported when first asked for.
@@ -70,7 +74,9 @@ _LAZY = {
     "fit": "vlfast.run",
     "load": "vlfast.run",
     "resume": "vlfast.run",
+    "run_protocol": "vlfast.protocols.sweep",
     "store_features": "vlfast.features",
+    "write_report": "vlfast.report.report",
 }
 
 
